@@ -1,0 +1,59 @@
+"""
+Samples text from a checkpoint of train.py.
+
+    python sample.py --ckpt out/demo/ckpt.pt
+    python sample.py --ckpt out/demo/ckpt.pt --start "def main(" --num_samples 3 --temperature 0.8
+    python sample.py --ckpt out/demo/ckpt.pt --start FILE:prompt.txt
+"""
+import codecs
+
+import torch
+
+from configurator import configure, fail
+from model import load_model
+from prepare_fineweb import get_tokenizer
+
+# settings, see configurator.py
+ckpt = "out/ckpt.pt"
+start = ""  # prompt, or FILE:path; end of text (a new document) comes before it
+num_samples = 3
+max_new_tokens = 300
+temperature = 0.8  # 0: always the most likely token
+top_k = 200  # sample among this many; 0: among all
+seed = 1337
+device = "auto"  # CUDA where there is one
+use_cache = True  # keys and values of earlier tokens; the text is the same without
+
+
+def main():
+    configure(globals())
+    if temperature < 0 or top_k < 0 or num_samples < 1 or max_new_tokens < 0:
+        raise ValueError(f"temperature={temperature}, top_k={top_k}, max_new_tokens={max_new_tokens} must not be negative, "
+                         f"and num_samples={num_samples} must be at least 1")
+    target = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if target.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r}, but this PyTorch sees no CUDA device: use --device=cpu")
+    prompt = start
+    if start.startswith("FILE:"):
+        with open(start[5:], encoding="utf-8") as file:
+            prompt = file.read()
+    model, config = load_model(ckpt, target)
+    encoding = get_tokenizer(config["tokenizer"])
+    ids = [encoding.eot_token] + encoding.encode_ordinary(prompt)
+    if len(ids) > model.config.block_size:
+        raise ValueError(f"the prompt has {len(ids)} tokens with end of text, more than block_size={model.config.block_size}")
+    generator = torch.Generator(target).manual_seed(seed)
+    for _ in range(num_samples):
+        print(prompt, end="", flush=True)
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a token may end inside a character
+        for token in model.stream(torch.tensor([ids], device=target), max_new_tokens, temperature, top_k or None,
+                                  use_cache, encoding.n_vocab, generator):
+            print(decoder.decode(encoding.decode_single_token_bytes(token.item())), end="", flush=True)
+        print(decoder.decode(b"", final=True) + "\n" + "-" * 80)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        fail(error)

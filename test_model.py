@@ -1,0 +1,196 @@
+"""The GPT, its sampling, and the optimizers."""
+import math
+
+import pytest
+import torch
+
+import train
+from model import GPT, GPTConfig, load_checkpoint
+from muon import CLASSIC, POLAR_EXPRESS, Muon, MuonAdamW, orthogonalize
+
+SMALL = dict(block_size=32, vocab_size=65, n_layer=2, n_head=2, n_embd=64)
+
+
+def small_gpt(levels="6,4,0;9,5,16", **overrides):
+    torch.manual_seed(0)
+    return GPT(GPTConfig(**{**SMALL, "cayley_levels": levels, **overrides}))
+
+
+def test_reference_parameter_count():
+    with torch.device("meta"):
+        model = GPT(GPTConfig())
+    assert model.get_num_params() == 202_531_840
+    assert sum(sae.bias.numel() for sae in model.saes()) == 405_504
+
+
+@pytest.mark.parametrize("levels", ["6,4,0;9,5,16", ""])
+def test_a_later_token_never_changes_an_earlier_logit(levels):
+    model = small_gpt(levels).eval()
+    idx = torch.randint(65, (2, 32))
+    changed = idx.clone()
+    changed[:, 20] = (changed[:, 20] + 1) % 65
+    logits, changed_logits = model(idx, idx)[0], model(changed, idx)[0]
+    torch.testing.assert_close(logits[:, :20], changed_logits[:, :20])
+    assert (logits[:, 20:] - changed_logits[:, 20:]).abs().amax((0, 2)).gt(1e-4).all()
+
+
+def test_loss_starts_at_ln_vocab_and_falls():
+    model = small_gpt()
+    optimizer = MuonAdamW(model, 0.02, 0.005)
+    idx = torch.randint(65, (4, 33))
+    losses = []
+    for _ in range(30):
+        losses.append(model(idx[:, :-1], idx[:, 1:])[1])
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for sae in model.saes():
+            sae.update_stats()
+    assert losses[0].item() == pytest.approx(math.log(65), abs=0.2)
+    assert losses[-1].item() < 2
+
+
+def test_whole_model_compiles_without_graph_breaks():
+    model = small_gpt()
+    idx = torch.randint(65, (2, 32))
+    loss = model(idx, idx)[1]
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(idx, idx)[1]
+    compiled.backward()
+    torch.testing.assert_close(compiled, loss)
+    assert all(p.grad is not None for p in model.parameters())
+
+
+# -----------------------------------------------------------------------------
+# sampling
+
+@pytest.mark.parametrize("levels", ["6,4,0;9,5,16", ""])
+@pytest.mark.parametrize("temperature, top_k", [(0, None), (1.0, None), (0.7, 5)])
+def test_same_text_with_and_without_the_cache(levels, temperature, top_k):
+    model = small_gpt(levels)
+    prompt = torch.randint(65, (3, 7))
+    texts = [model.generate(prompt, 100, temperature=temperature, top_k=top_k, use_cache=use_cache,
+                            generator=torch.Generator().manual_seed(1)) for use_cache in (True, False)]
+    assert torch.equal(*texts) and texts[0].shape == (3, 107)
+    assert torch.equal(texts[0][:, :7], prompt) and model.training
+
+
+def test_cache_read_in_pieces_gives_the_logits_of_one_pass():
+    model = small_gpt().eval()
+    from model import KVCache
+    idx = torch.randint(65, (2, 30))
+    cache = KVCache(model.config, 2, idx.device, torch.float32)
+    for piece in idx.split([10, 1, 12, 7], 1):
+        logits, _ = model(piece, cache=cache)
+    torch.testing.assert_close(logits, model(idx)[0])
+
+
+def test_greedy_takes_the_most_likely_token_and_padding_is_never_sampled():
+    model = small_gpt()
+    prompt = torch.randint(65, (2, 5))
+    token = next(model.stream(prompt, 1, temperature=0))
+    assert torch.equal(token[:, 0], model.eval()(prompt)[0][:, -1].argmax(-1))
+    assert model.generate(prompt, 60, n_tokens=3)[:, 5:].max() < 3
+
+
+def test_model_errors(tmp_path):
+    model = small_gpt()
+    with pytest.raises(ValueError, match="33 tokens do not fit in block_size=32"):
+        model(torch.zeros(1, 33, dtype=torch.int64))
+    with pytest.raises(ValueError, match="n_embd=64 is not a multiple of n_head=3"):
+        small_gpt(n_head=3)
+    with pytest.raises(ValueError, match="n_layer=0"):
+        small_gpt(n_layer=0)
+    with pytest.raises(ValueError, match="nothing.pt: no such checkpoint"):
+        load_checkpoint(str(tmp_path / "nothing.pt"))
+    (tmp_path / "bad.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match="bad.pt: not a readable checkpoint"):
+        load_checkpoint(str(tmp_path / "bad.pt"))
+    torch.save({"model": {}}, tmp_path / "foreign.pt")
+    with pytest.raises(ValueError, match="foreign.pt: not a checkpoint of train.py, it lacks config, model_args"):
+        load_checkpoint(str(tmp_path / "foreign.pt"))
+
+
+def test_a_checkpoint_with_code_is_refused(tmp_path):
+    marker = tmp_path / "executed"
+
+    class Attack:
+        def __reduce__(self):
+            return open, (str(marker), "w")
+    torch.save({"model": Attack(), "model_args": {}, "config": {}}, tmp_path / "attack.pt")
+    with pytest.raises(ValueError, match="attack.pt: not a readable checkpoint"):
+        load_checkpoint(str(tmp_path / "attack.pt"))
+    assert not marker.exists()
+
+
+# -----------------------------------------------------------------------------
+# optimizers
+
+@pytest.mark.parametrize("coefficients, low", [(POLAR_EXPRESS, 0.8), (CLASSIC, 0.6)])
+@pytest.mark.parametrize("shape", [(192, 768), (768, 192), (3, 100, 400)])
+def test_orthogonalize_moves_singular_values_to_one(coefficients, low, shape):
+    torch.manual_seed(0)
+    G = torch.randn(shape)
+    X = orthogonalize(G, coefficients).float()
+    values = torch.linalg.svdvals(X)
+    assert low < values.min() and values.max() < 1.2
+    U, _, V = torch.linalg.svd(G, full_matrices=False)  # the same singular vectors: near the polar factor U V^T
+    assert (X * (U @ V)).sum() / X.norm() / (U @ V).norm() > 0.98
+
+
+@pytest.mark.parametrize("shape", [(64, 256), (256, 64), (96, 96)])
+def test_agrees_with_torch_muon(shape):
+    """torch.optim.Muon has the classic triple and no splits: there both are the same, up to its rounding in bf16."""
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.Parameter(torch.ones(shape)) for _ in range(2))
+    optimizers = (Muon([ours], lr=0.1, weight_decay=0.1, coefficients=CLASSIC),
+                  torch.optim.Muon([theirs], lr=0.1, weight_decay=0.1, momentum=0.95, adjust_lr_fn="original"))
+    for _ in range(4):
+        ours.grad = torch.randn(shape)
+        theirs.grad = ours.grad.clone()
+        before = ours.detach().clone(), theirs.detach().clone()
+        for optimizer in optimizers:
+            optimizer.step()
+        update, expected = ours.detach() - before[0], theirs.detach() - before[1]
+        assert (update - expected).norm() < 0.04 * expected.norm()
+
+
+def test_split_matrices_are_orthogonalized_separately():
+    torch.manual_seed(0)
+    stacked = torch.nn.Parameter(torch.zeros(3 * 64, 64))
+    parts = [torch.nn.Parameter(torch.zeros(64, 64)) for _ in range(3)]
+    stacked.grad = torch.randn(3 * 64, 64) * torch.tensor([1.0, 10.0, 100.0]).repeat_interleave(64)[:, None]
+    for part, grad in zip(parts, stacked.grad.chunk(3)):
+        part.grad = grad.clone()
+    Muon([stacked], lr=1.0, splits={stacked: 3}).step()
+    Muon(parts, lr=1.0).step()
+    torch.testing.assert_close(stacked.detach(), torch.cat([p.detach() for p in parts]))
+
+
+def test_every_parameter_has_one_optimizer():
+    model = small_gpt()
+    optimizer = MuonAdamW(model, 0.02, 0.003)
+    muon = {id(p) for p in optimizer.muon.param_groups[0]["params"]}
+    adamw = {id(p) for p in optimizer.adamw.param_groups[0]["params"]}
+    assert muon == {id(p) for p in model.blocks.parameters() if p.dim() == 2} and not muon & adamw
+    assert muon | adamw == {id(p) for p in model.parameters()}
+    with pytest.raises(ValueError, match="Muon takes 2D parameters"):
+        Muon([torch.nn.Parameter(torch.zeros(3))], lr=0.1)
+
+
+# -----------------------------------------------------------------------------
+# the schedule
+
+def test_reference_schedule(monkeypatch):
+    for key, value in dict(max_iters=12716, warmup_iters=200, warmdown_frac=0.9, lr_schedule="linear_warmdown").items():
+        monkeypatch.setattr(train, key, value)
+    lr = [train.get_lr(it, 1.2e-2, 1.5e-4) for it in (0, 100, 200, 1271, 12716)]
+    assert lr == pytest.approx([0, 0.6e-2, 1.2e-2, 1.2e-2, 1.5e-4])
+    middle = (12716 + 1271.6) / 2
+    assert train.get_lr(middle, 1.2e-2, 1.5e-4) == pytest.approx((1.2e-2 + 1.5e-4) / 2)
+    factors = [[(train.get_lr(it, lr, low) - low) / (lr - low) for it in (300, 5000, 12000)]
+               for lr, low in ((1.2e-2, 1.5e-4), (3e-4, 1e-5))]
+    assert factors[0] == pytest.approx(factors[1])  # in lockstep, whatever the rates
+    monkeypatch.setattr(train, "lr_schedule", "cosine")
+    assert [train.get_lr(it, 1, 0.1) for it in (200, (200 + 12716) / 2, 12716)] == pytest.approx([1, 0.55, 0.1])
+    monkeypatch.setattr(train, "lr_schedule", "constant")
+    assert [train.get_lr(it, 1, 0.1) for it in (100, 200, 12716)] == pytest.approx([0.5, 1, 1])
