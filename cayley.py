@@ -136,7 +136,7 @@ def check_levels(n_embd, levels, per_parent_budget=True):
 # atoms as rows of +1 and -1 (the unit norm is a factor 2^(-t/2) elsewhere), in tables that all layers share
 
 TABLE_BYTES = 2**30  # a larger table of atoms is not kept: rows are made when needed, as a Walsh row times a chirp
-CHUNK_BYTES = {"cpu": 6 * 2**20, "cuda": 2**29}  # bound of temporaries; on a CPU they should stay in its cache
+CHUNK_BYTES = {"cpu": 12 * 2**20, "cuda": 2**29}  # bound of temporaries; on a CPU they should stay in its cache
 
 
 def _parity(v, label, dtype, device):
@@ -165,8 +165,9 @@ def _signs(ids, t, n, dtype, device):
     """Atoms of the n-bit level as +1/-1: ids (...) -> (..., 2^t)."""
     table = _sign_table(t, n, dtype, device)
     if table is not None:
-        return table[ids]
-    return _walsh(t, dtype, device)[ids >> (n - t)] * _chirps(t, n, dtype, device)[ids & (2 ** (n - t) - 1)]
+        return nn.functional.embedding(ids, table)
+    walsh = nn.functional.embedding(ids >> (n - t), _walsh(t, dtype, device))
+    return walsh * nn.functional.embedding(ids & (2 ** (n - t) - 1), _chirps(t, n, dtype, device))
 
 
 def _lookup(ids, t, n, dtype, device):
@@ -211,9 +212,12 @@ def _block_scores(x, blocks, t, n, m):
     N, S, q = len(x), blocks.shape[1], n - m
     p = min(q, t)
     x = x.view(N, 2**p, 2 ** (t - p)).permute(2, 0, 1).contiguous().unsqueeze(2)  # (2^r, N, 1, 2^p)
+    chirps = _inner_chirps(t, n, m, x.dtype, x.device)
     if q > 0:
         x = x * _signs(blocks, p, q, x.dtype, x.device)  # (2^r, N, S, 2^p)
-    y = torch.bmm(x.reshape(len(x), N * S, 2**p), _inner_chirps(t, n, m, x.dtype, x.device))  # (2^r, N*S, 2^c)
+        y = torch.bmm(x.reshape(len(x), N * S, 2**p), chirps)  # (2^r, N*S, 2^c)
+    else:
+        y = x.squeeze(2) * chirps
     y = walsh_hadamard(y.flatten(1))
     return y.view(len(x), N, S, 2 ** min(n - t, m)).permute(1, 2, 0, 3).reshape(N, S, 2**m)
 
@@ -232,23 +236,32 @@ def _open_blocks(parents, parent_n, q):
     return blocks, nn.functional.pad(blocks[:, 1:] == blocks[:, :-1], (1, 0))
 
 
-def _select_chunk(x, scale, offset, plan):
-    t, start, active, ids, products = plan[0][0], 0, None, [], []
-    for i, (n, k, m) in enumerate(plan):
-        q, end = n - m, start + 2**n
-        a, b = scale[start:end].view(2**q, 2**m), offset[start:end].view(2**q, 2**m)
+def _topk(score, k):
+    """Indices of the k largest of each row: score (N, M) -> (N, k), largest first. They lie in k of any M/8 groups."""
+    if score.shape[1] < 64 * k or score.shape[1] % 8:
+        return score.topk(k).indices
+    groups = score.view(len(score), 8, -1)  # (N, 8, M/8)
+    best = groups.amax(1).topk(k, sorted=False).indices  # (N, k)
+    among = groups.gather(2, best.unsqueeze(1).expand(-1, 8, -1)).flatten(1).topk(k).indices  # in (8, k)
+    return among // k * groups.shape[2] + best.gather(1, among % k)
+
+
+def _select_chunk(x, levels):
+    t, active, ids, products = levels[0][0], None, [], []
+    for i, (n, k, m, scale, offset) in enumerate(levels):  # scale (2^q, 2^m), offset (2^q + 1, 2^m)
+        q = n - m
         if q > 0:
-            blocks, shut = _open_blocks(active, plan[i - 1][0], q)  # (N, S)
-            a, b = a[blocks], b[blocks].masked_fill_(shut[..., None], -math.inf)
+            blocks, shut = _open_blocks(active, levels[i - 1][0], q)  # (N, S)
+            a = nn.functional.embedding(blocks, scale)  # (N, S, 2^m)
+            b = nn.functional.embedding(blocks.masked_fill(shut, 2**q), offset)
         else:
-            blocks = torch.zeros(len(x), 1, dtype=torch.int64, device=x.device)
+            blocks, a, b = torch.zeros(len(x), 1, dtype=torch.int64, device=x.device), scale, offset[:1]
         product = _block_scores(x, blocks, t, n, m).to(scale.dtype)  # (N, S, 2^m)
-        top = torch.addcmul(b, product, a, value=2 ** (-t / 2)).flatten(1).topk(k).indices  # (N, k)
+        top = _topk(torch.addcmul(b, product, a).flatten(1), k)  # (N, k)
         active = blocks.gather(1, top >> m) << m | top & (2**m - 1)
         ids.append(active)
         products.append(product.flatten(1).gather(1, top))
-        start = end
-    return torch.cat(ids, 1), torch.cat(products, 1) * 2 ** (-t / 2)
+    return torch.cat(ids, 1), torch.cat(products, 1)
 
 
 @torch.library.custom_op("cayley::select", mutates_args=())
@@ -259,14 +272,17 @@ def select(x: Tensor, scale: Tensor, offset: Tensor, plan: list[int]) -> tuple[T
     x (N, d), scale and offset (F,), plan = n, k, m of each level, where a block has 2^m features (all of a level that
     has no gate) -> ids (N, K), products <x, phi_v> (N, K), differentiable in x.
     """
-    plan = list(zip(plan[::3], plan[1::3], plan[2::3]))
-    slots = [1] + [min(k, 2 ** (n - m)) for (_, k, _), (n, _, m) in zip(plan, plan[1:])]
-    token_bytes = 4 * max(s * (x.shape[1] + 2 * 2**m) for s, (_, _, m) in zip(slots, plan))
+    levels, start, slots, token_bytes = [], 0, 1, 0
+    for n, k, m in zip(plan[::3], plan[1::3], plan[2::3]):
+        where, slots = slice(start, start + 2**n), min(slots, 2 ** (n - m))
+        level_offset = nn.functional.pad(offset[where].view(-1, 2**m), (0, 0, 0, 1), value=-math.inf)  # a row for shut slots
+        levels.append((n, k, m, scale[where].view(-1, 2**m) * x.shape[1] ** -0.5, level_offset))
+        token_bytes = max(token_bytes, 4 * slots * (x.shape[1] + 2 * 2**m))
+        start, slots = start + 2**n, k
     with torch.autocast(x.device.type, enabled=False):
-        parts = [_select_chunk(part, scale, offset, plan)
-                 for part in x.split(max(1, CHUNK_BYTES[x.device.type] // token_bytes))]
+        parts = [_select_chunk(part, levels) for part in x.split(max(1, CHUNK_BYTES[x.device.type] // token_bytes))]
     ids, products = (torch.cat(part) for part in zip(*parts))
-    return ids, products
+    return ids, products * x.shape[1] ** -0.5
 
 
 @torch.library.custom_op("cayley::combine", mutates_args=())
