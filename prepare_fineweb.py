@@ -4,6 +4,7 @@ Turns text into token bins: headerless uint16 files, as nanoGPT's, beside a meta
     python prepare_fineweb.py                                     # 25B tokens of FineWeb-Edu, 50 GB, GPT-2 BPE
     python prepare_fineweb.py --source='my/*.jsonl' --out=data/my --val_tokens=1e6
     python prepare_fineweb.py --source=python --tokenizer=bytes --out=data/python --val_tokens=2e5     # offline
+    python prepare_fineweb.py --shard=0/4 --out=data/part0        # this machine's quarter of the stream, see README
     python prepare_fineweb.py --verify=data/fineweb_edu           # check every shard's checksum
 
 Every document is one <|endoftext|> and its tokens. The first val_tokens are val_000000.bin, the rest train_*.bin in
@@ -17,6 +18,7 @@ import itertools
 import json
 import os
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -30,8 +32,11 @@ source = "fineweb-edu"  # or files and globs of .txt, .jsonl, .parquet, separate
 out = "data/fineweb_edu"  # directory of the bins: train.py's data_dir
 tokenizer = "gpt2"  # or "bytes": 256 bytes and end of text, no download
 tokens = 25_000_000_000  # stop after this many, val included
-val_tokens = 10_000_000
+val_tokens = 10_000_000  # 0: no validation split, as on the second machine and after
 shard_tokens = 100_000_000
+skip = 0  # documents to leave out at the start
+shard = "0/1"  # i/n: the i-th of n consecutive parts of the documents
+on_error = "refuse"  # invalid UTF-8 in .txt and .jsonl; or "replace" by U+FFFD; both name file and line
 workers = 0  # tokenizer threads; 0: one per core
 verify = ""  # a directory to check instead
 
@@ -70,13 +75,35 @@ def encode(text, encoding):
 # -----------------------------------------------------------------------------
 # sources: iterators over documents, in a fixed order
 
-def documents(source, start=0):
-    """The documents (str) of a source from number start on. Raises ValueError if there are none."""
+def documents(source, start, part, parts):
+    """The rows (a document is a str) from number `start` on of the part-th of `parts` consecutive parts of a source."""
     if source == "fineweb-edu":
         from datasets import load_dataset
         rows = load_dataset("HuggingFaceFW/fineweb-edu", name="sample-100BT", split="train", streaming=True)
-        return (row["text"] for row in rows.skip(start))
-    return itertools.islice(python_documents() if source == "python" else file_documents(source), start, None)
+        rows = rows.shard(num_shards=parts, index=part)  # whole files, consecutive
+        return retrying(lambda start: (row["text"] for row in rows.skip(start)), start)
+    paths = None if source == "python" else source_files(source)
+    total = sum(1 for _ in python_documents()) if paths is None else sum(map(count_rows, paths)) if parts > 1 else None
+    first, end = (part * total // parts, (part + 1) * total // parts) if parts > 1 else (0, None)
+    rows = python_documents() if paths is None else itertools.chain.from_iterable(map(file_rows, paths))
+    return itertools.islice(rows, first + start, end)
+
+
+def retrying(open_rows, start, waits=(1, 10, 60, 300)):
+    """The rows of open_rows(start), opened again at the row where the stream broke, after so many seconds each time."""
+    broken = 0
+    while True:
+        try:
+            for row in open_rows(start):
+                yield row
+                start, broken = start + 1, 0
+            return
+        except Exception as error:  # whatever a network, a hub or a decoder raises
+            if broken == len(waits):
+                raise ValueError(f"the stream broke at document {start} and {broken} times again ({type(error).__name__}: "
+                                 f"{str(error)[:100]}): run the same command to go on") from None
+            time.sleep(waits[broken])
+            broken += 1
 
 
 def python_documents():
@@ -96,22 +123,54 @@ def python_documents():
                 yield file.read()
 
 
-def file_documents(source):
-    """Documents of local files: a .txt is one, a .jsonl one a line and a .parquet one a row (their field "text")."""
+def source_files(source):
+    """The files that a comma-separated list of paths and globs names, in order. Raises ValueError for one that isn't there."""
     paths = [path for pattern in source.split(",") for path in sorted(glob.glob(pattern)) or [pattern]]
     for path in paths:
         if not path.endswith((".txt", ".jsonl", ".parquet")):
             raise ValueError(f"source {path!r}: must be 'fineweb-edu', 'python' or files .txt, .jsonl, .parquet")
         if not os.path.isfile(path):
             raise ValueError(f"source {path!r}: no such file")
-    for path in paths:
-        if path.endswith(".parquet"):
-            import pyarrow.parquet
-            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(columns=["text"]):
-                yield from batch["text"].to_pylist()
-        else:
-            with open(path, encoding="utf-8") as file:
-                yield from [file.read()] if path.endswith(".txt") else (json.loads(line)["text"] for line in file)
+    return paths
+
+
+def file_rows(path):
+    """A .txt file is one row, a .jsonl has one a line and a .parquet one a row, their field "text"."""
+    if path.endswith(".txt"):
+        yield "".join(decoded_lines(path))
+    elif path.endswith(".jsonl"):
+        for number, line in enumerate(decoded_lines(path), 1):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                raise ValueError(f"{path}, line {number}: not JSON") from None
+            yield row.get("text") if isinstance(row, dict) else None
+    else:
+        import pyarrow.parquet
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(columns=["text"]):
+            yield from batch["text"].to_pylist()
+
+
+def count_rows(path):
+    if path.endswith(".parquet"):
+        import pyarrow.parquet
+        return pyarrow.parquet.ParquetFile(path).metadata.num_rows
+    with open(path, "rb") as file:
+        return 1 if path.endswith(".txt") else sum(1 for _ in file)
+
+
+def decoded_lines(path):
+    """Lines of a UTF-8 file; one that isn't valid is reported, then refused or replaced (on_error)."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield line.decode()
+            except UnicodeDecodeError as error:
+                message = f"{path}, line {number}: invalid UTF-8 (byte {error.start} is 0x{line[error.start]:02x})"
+                if on_error == "refuse":
+                    raise ValueError(f"{message}; --on-error=replace puts U+FFFD there") from None
+                print(f"{message}, replaced", file=sys.stderr)
+                yield line.decode(errors="replace")
 
 
 # -----------------------------------------------------------------------------
@@ -180,6 +239,14 @@ class TokenStream:
             yield piece
 
 
+def parse_shard(text):
+    """"i/n" -> (i, n). Raises ValueError unless 0 <= i < n."""
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
+        raise ValueError(f"shard={text!r}: must be i/n with 0 <= i < n, as in 0/4")
+    return int(part), int(parts)
+
+
 def prepare(arguments):
     """Write the shards that are still missing, and meta.json after each. arguments: the settings that define them."""
     encoding, meta_path = get_tokenizer(tokenizer), os.path.join(out, "meta.json")
@@ -198,12 +265,14 @@ def prepare(arguments):
                 "tokens": {"train": 0, "val": 0}, "documents": {"train": 0, "val": 0}, "skipped_documents": 0,
                 "arguments": arguments, "complete": False, "shards": []}
     document, offset = meta["shards"][-1]["next"] if meta["shards"] else (0, 0)
-    arrays = encoded(iter(documents(source, document)), encoding, workers or os.cpu_count())
+    part, parts = parse_shard(shard)
+    rows = documents(source, skip + document, part, parts)
+    arrays = encoded(iter(rows), encoding, workers or os.cpu_count())
     stream = TokenStream(arrays, document, offset)
     os.makedirs(out, exist_ok=True)
     with tqdm(total=tokens, initial=sum(meta["tokens"].values()), unit="tok", unit_scale=True) as bar:
         while (left := tokens - sum(meta["tokens"].values())) > 0:
-            split = "train" if meta["tokens"]["val"] else "val"
+            split = "val" if val_tokens and not meta["shards"] else "train"
             number = sum(shard["split"] == split for shard in meta["shards"])
             name = f"{split}_{number:06d}.bin"
             pieces = stream.take(min(left, shard_tokens if split == "train" else val_tokens))
@@ -219,7 +288,7 @@ def prepare(arguments):
             write_json(meta_path, meta)
         bar.total = sum(meta["tokens"].values())
     if not meta["tokens"]["train"]:
-        raise ValueError(f"{source!r} has {meta['tokens']['val']} tokens and val_tokens={val_tokens} takes them all: "
+        raise ValueError(f"{source!r} has {meta['tokens']['val']} tokens here and val_tokens={val_tokens} takes them all: "
                          "lower --val_tokens and choose a new --out")
     meta["complete"] = True
     write_json(meta_path, meta)
@@ -282,20 +351,27 @@ class Windows:
     """
     The windows of block_size + 1 tokens of a split, each starting block_size after the one before, shard by shard.
 
-    Raises ValueError if a shard of meta.json is missing or short, or if there is no whole window.
+    data_dir: a directory, or several with commas between them, one after the other. Raises ValueError if a shard of a
+    meta.json is missing or short, if tokenizers differ, or if there is no whole window.
     """
 
     def __init__(self, data_dir, split, block_size):
-        self.block_size, self.meta, self.files, counts = block_size, read_meta(data_dir), [], []
-        for shard in self.meta["shards"]:
-            if shard["split"] == split:
-                path = os.path.join(data_dir, shard["file"])
-                size = os.path.getsize(path) if os.path.exists(path) else -1
-                if size != 2 * shard["tokens"]:
-                    found = "is missing" if size < 0 else f"has {size} bytes"
-                    raise ValueError(f"{path} {found}, meta.json says {2 * shard['tokens']}: prepare it again")
-                self.files.append(os.open(path, os.O_RDONLY))
-                counts.append((shard["tokens"] - 1) // block_size)
+        self.block_size, self.files, counts = block_size, [], []
+        directories = data_dir.split(",")
+        self.meta = read_meta(directories[0])
+        for directory in directories:
+            meta = read_meta(directory)
+            if meta["tokenizer"] != self.meta["tokenizer"]:
+                raise ValueError(f"{directory} has tokenizer {meta['tokenizer']!r} and {directories[0]} {self.meta['tokenizer']!r}")
+            for shard in meta["shards"]:
+                if shard["split"] == split:
+                    path = os.path.join(directory, shard["file"])
+                    size = os.path.getsize(path) if os.path.exists(path) else -1
+                    if size != 2 * shard["tokens"]:
+                        found = "is missing" if size < 0 else f"has {size} bytes"
+                        raise ValueError(f"{path} {found}, meta.json says {2 * shard['tokens']}: prepare it again")
+                    self.files.append(os.open(path, os.O_RDONLY))
+                    counts.append((shard["tokens"] - 1) // block_size)
         self.ends = np.cumsum(counts)
         if not counts or not self.ends[-1]:
             raise ValueError(f"{data_dir}: no {split} shard has a window of block_size + 1 = {block_size + 1} tokens")
@@ -331,10 +407,13 @@ def main():
             faults = verify_shards(verify)
             print("\n".join(faults) or f"{verify}: every shard is as meta.json says")
             sys.exit(bool(faults))
-        arguments = {key: config[key] for key in ("source", "tokenizer", "tokens", "val_tokens", "shard_tokens")}
-        for key in ("tokens", "val_tokens", "shard_tokens"):
-            if config[key] < 1:
-                raise ValueError(f"{key}={config[key]}: must be at least 1")
+        arguments = {key: config[key] for key in ("source", "tokenizer", "tokens", "val_tokens", "shard_tokens", "skip",
+                                                  "shard", "on_error")}
+        for key, low in (("tokens", 1), ("shard_tokens", 1), ("val_tokens", 0), ("skip", 0), ("workers", 0)):
+            if config[key] < low:
+                raise ValueError(f"{key}={config[key]}: must be at least {low}")
+        if on_error not in ("refuse", "replace"):
+            raise ValueError(f"on_error={on_error!r}: must be 'refuse' or 'replace'")
         meta = prepare(arguments)
         print(f"{out}: {meta['tokens']['train']:,} train and {meta['tokens']['val']:,} val tokens, "
               f"{sum(meta['documents'].values()):,} documents, {len(meta['shards'])} shards")

@@ -145,6 +145,78 @@ def test_empty_and_foreign_rows_are_counted_and_skipped(tmp_path):
     assert read_meta(tmp_path / "bins")["skipped_documents"] == 3
 
 
+@pytest.mark.parametrize("workers", [1, 3])
+def test_killed_at_any_moment_and_started_again(tmp_path, workers):
+    """kill -9 at moments spread over the run, then once more to the end: the bytes of an uninterrupted run."""
+    source = write_jsonl(tmp_path / "text.jsonl", DOCUMENTS * 4000)
+    arguments = [f"--source={source}", "--tokenizer=bytes", "--val_tokens=1e5", "--shard_tokens=5e4", f"--workers={workers}"]
+    out, whole = tmp_path / "killed", tmp_path / "whole"
+    assert prepare(*arguments, f"--out={whole}").returncode == 0
+    kills = 0
+    for attempt in range(40):
+        process = subprocess.Popen([sys.executable, ROOT / "prepare_fineweb.py", *arguments, f"--out={out}"],
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(0.4 + 0.05 * attempt)
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+        if (out / "meta.json").exists():
+            Windows(str(out), "val", 16)  # what is there is whole
+    assert kills and process.returncode == 0
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == {path.name: path.read_bytes() for path in whole.iterdir()}
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_parts_are_disjoint_and_in_order(tmp_path, n):
+    texts = [f"{i} {text}" for i, text in enumerate(DOCUMENTS * 3)]
+    (tmp_path / "a.txt").write_text("a text file")
+    source = f"{tmp_path / 'a.txt'},{write_jsonl(tmp_path / 'text.jsonl', texts)}"
+    outs = [tmp_path / str(i) for i in range(n)]
+    for i, out in enumerate(outs):
+        run = prepare(f"--source={source}", "--tokenizer=bytes", f"--out={out}", f"--shard={i}/{n}", f"--val_tokens={100 * (i == 0)}")
+        assert run.returncode == 0, run.stderr
+    tokens = np.concatenate([read_bins(out) for out in outs])
+    assert split_documents(tokens, get_tokenizer("bytes")) == ["a text file"] + texts
+    together = Windows(",".join(map(str, outs)), "train", 8)
+    assert len(together) == sum(len(Windows(str(out), "train", 8)) for out in outs)
+    run = prepare(f"--source={source}", "--tokenizer=bytes", f"--out={tmp_path / 'skip'}", "--skip=4", "--val_tokens=0")
+    assert run.returncode == 0 and split_documents(read_bins(tmp_path / "skip"), get_tokenizer("bytes")) == texts[3:]
+
+
+def test_invalid_utf8_is_reported_and_refused_or_replaced(tmp_path):
+    source = tmp_path / "text.txt"
+    source.write_bytes(b"good\nbad \xff here\n")
+    arguments = [f"--source={source}", "--tokenizer=bytes", f"--out={tmp_path / 'bins'}", "--val_tokens=2"]
+    run = prepare(*arguments)
+    assert run.returncode == 1 and "text.txt, line 2: invalid UTF-8 (byte 4 is 0xff)" in run.stderr
+    run = prepare(*arguments, "--on-error=replace")
+    assert run.returncode == 0 and "text.txt, line 2" in run.stderr
+    assert split_documents(read_bins(tmp_path / "bins"), get_tokenizer("bytes")) == ["good\nbad \ufffd here\n"]
+    (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n{"text": \n')
+    run = prepare(f"--source={tmp_path / 'bad.jsonl'}", "--tokenizer=bytes", f"--out={tmp_path / 'other'}")
+    assert run.returncode == 1 and "bad.jsonl, line 2: not JSON" in run.stderr.splitlines()[-1]
+
+
+def test_a_broken_stream_goes_on_where_it_broke():
+    breaks = iter([3, 3, 7])
+
+    def open_rows(start):
+        stop = next(breaks, None)
+        for i in range(start, 10):
+            if i == stop:
+                raise ConnectionError("reset")
+            yield i
+    assert list(prepare_fineweb.retrying(open_rows, 1, waits=(0, 0))) == list(range(1, 10))
+
+    def dead(start):
+        raise ConnectionError("reset")
+    with pytest.raises(ValueError, match="broke at document 5 and 2 times again .ConnectionError: reset.: run the same"):
+        list(prepare_fineweb.retrying(dead, 5, waits=(0, 0)))
+
+
 # -----------------------------------------------------------------------------
 # reading
 
@@ -158,7 +230,7 @@ def test_permute_is_a_bijection_that_depends_on_its_key(n):
 
 
 def test_every_window_once_an_epoch(prepared):
-    windows = Windows(prepared, "train", 16)
+    windows = Windows(str(prepared), "train", 16)
     meta = read_meta(prepared)
     expected = []  # by the definition: shard by shard, each window starts block_size after the one before
     for shard in meta["shards"]:
@@ -175,25 +247,28 @@ def test_every_window_once_an_epoch(prepared):
 
 def test_reading_reports_missing_and_short_shards(prepared, tmp_path):
     with pytest.raises(ValueError, match="meta.json is missing: prepare the data"):
-        Windows(tmp_path, "train", 16)
+        Windows(str(tmp_path), "train", 16)
     for path in prepared.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     with pytest.raises(ValueError, match="no train shard has a window of block_size . 1 = 5001 tokens"):
-        Windows(tmp_path, "train", 5000)
+        Windows(str(tmp_path), "train", 5000)
     shard = tmp_path / "train_000001.bin"
     shard.write_bytes(shard.read_bytes()[:-2])
     with pytest.raises(ValueError, match="train_000001.bin has 7998 bytes, meta.json says 8000"):
-        Windows(tmp_path, "train", 16)
+        Windows(str(tmp_path), "train", 16)
     shard.unlink()
     with pytest.raises(ValueError, match="train_000001.bin is missing"):
-        Windows(tmp_path, "train", 16)
+        Windows(str(tmp_path), "train", 16)
 
 
 @pytest.mark.parametrize("arguments, words", [
     (["--source=nowhere/*.jsonl"], ["nowhere/*.jsonl", "no such file"]),
     (["--source=text.csv"], ["text.csv", ".parquet"]),
     (["--source=python", "--tokenizer=gpt4"], ["tokenizer='gpt4'", "'bytes'"]),
-    (["--source=python", "--tokenizer=bytes", "--val_tokens=0"], ["val_tokens=0", "at least 1"]),
+    (["--source=python", "--tokenizer=bytes", "--val_tokens=-1"], ["val_tokens=-1", "at least 0"]),
+    (["--source=python", "--tokenizer=bytes", "--tokens=0"], ["tokens=0", "at least 1"]),
+    (["--source=python", "--shard=4/4"], ["shard='4/4'", "0 <= i < n"]),
+    (["--source=python", "--on-error=ignore"], ["on_error='ignore'", "'replace'"]),
     (["--source=python", "--tokenizer=bytes", "--val_tokens=1e9"], ["val_tokens=1000000000", "lower --val_tokens"]),
     (["--sorce=python"], ["'sorce'", "'source'"]),
     (["--verify=nowhere"], ["nowhere/meta.json is missing"]),
