@@ -15,14 +15,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 import cayley
+import prepare_fineweb
 from cayley import CayleySAE
 from configurator import configure, fail
 from model import GPT, MLP, CausalSelfAttention, GPTConfig
@@ -322,17 +326,69 @@ def bench_sampling():
     return show(f"sampling, {n_layer} layers of d=1024", rows)
 
 
+def bench_data():
+    """The loader on 1 GB of bins, and preparation against the bare tokenizer with as many threads on the same text."""
+    with tempfile.TemporaryDirectory() as directory:
+        tokens, shards = np.random.default_rng(0).integers(0, 50257, 50_000_000, dtype=np.uint16), []
+        for i in range(10):
+            shards.append({"file": f"train_{i:06d}.bin", "split": "train", "tokens": len(tokens)})
+            tokens.tofile(os.path.join(directory, shards[-1]["file"]))
+        prepare_fineweb.write_json(os.path.join(directory, "meta.json"), {"tokenizer": "gpt2", "shards": shards})
+        rows = {f"loader, {ranks} ranks": {"tokens/s": sum(parallel("--section=loader", f"--directory={directory}", ranks))}
+                for ranks in (1, 2)}
+        try:
+            encoding = prepare_fineweb.get_tokenizer("gpt2")
+        except ValueError:  # not here and no network
+            encoding = prepare_fineweb.get_tokenizer("bytes")
+        texts = list(prepare_fineweb.python_documents())
+        megabytes, threads = sum(len(text.encode()) for text in texts) / 1e6, os.cpu_count()
+        with open(os.path.join(directory, "texts.jsonl"), "w") as file:
+            file.writelines(json_module.dumps({"text": text}) + "\n" for text in texts)
+
+        def bare():
+            encoding.encode_ordinary_batch(texts, num_threads=threads)
+
+        def pipeline():
+            rows = prepare_fineweb.file_rows(os.path.join(directory, "texts.jsonl"))
+            stream = prepare_fineweb.TokenStream(prepare_fineweb.encoded(rows, encoding, threads), 0, 0)
+            with tqdm(disable=True) as bar:
+                prepare_fineweb.write_shard(os.path.join(directory, "shard.bin"), stream.take(10**9), bar)
+        times = interleaved({"bare": bare, "pipeline": pipeline}, repeats)
+    rows[f"preparing, {encoding.name}, {threads} threads"] = {
+        "MB/s": megabytes / times["pipeline"], "bare tiktoken": megabytes / times["bare"], "ratio": times["bare"] / times["pipeline"]}
+    return show("data", rows)
+
+
+def loader_rate():
+    """Tokens per second of one process reading shuffled micro-batches of 32 windows of 1,024."""
+    windows = prepare_fineweb.Windows(directory, "train", 1024)
+    start, n = time.perf_counter(), 0
+    while time.perf_counter() - start < 3:
+        windows.shuffled(n * 32, 32, seed=0)
+        n += 1
+    return n * 32 * 1024 / (time.perf_counter() - start)
+
+
+def parallel(*arguments):
+    """child(), in so many processes at once."""
+    *arguments, n = arguments
+    with ThreadPoolExecutor(n) as pool:
+        return list(pool.map(lambda _: child(*arguments), range(n)))
+
+
 SECTIONS = {"layer": bench_layer, "step": bench_step, "growth": bench_growth, "flops": bench_flops,
-            "optimizer": bench_optimizer, "sampling": bench_sampling}
-model = "dense"  # of the internal section "memory"
+            "optimizer": bench_optimizer, "sampling": bench_sampling, "data": bench_data}
+INTERNAL = {"memory": lambda: peak_memory(MODELS[model]), "muon": muon_step, "loader": loader_rate}  # of child()
+model = "dense"  # of INTERNAL's memory
+directory = ""  # of INTERNAL's loader
 
 
 def main():
     configure(globals())
     if dtype not in ("fp32", "bf16"):
         raise ValueError(f"dtype={dtype!r}: must be 'fp32' or 'bf16'")
-    if section in ("memory", "muon"):
-        print(json_module.dumps(peak_memory(MODELS[model]) if section == "memory" else muon_step()))
+    if section in INTERNAL:
+        print(json_module.dumps(INTERNAL[section]()))
         return
     if section != "all" and section not in SECTIONS:
         raise ValueError(f"section={section!r}: must be all or one of {', '.join(SECTIONS)}")

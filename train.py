@@ -312,6 +312,9 @@ def main():
         if checkpoint["train_windows"] != len(train_windows):
             raise ValueError(f"{data_dir} has {len(train_windows)} training windows, and had {checkpoint['train_windows']} "
                              "when last.pt was written: the data order would not go on")
+        if checkpoint["config"]["tokenizer"] != config["tokenizer"]:
+            raise ValueError(f"{data_dir} has tokenizer {config['tokenizer']!r}, and {last} was trained with "
+                             f"{checkpoint['config']['tokenizer']!r}")
         torch.set_rng_state(checkpoint["rng"]["cpu"])
         if ranks.device.type == "cuda" and checkpoint["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(checkpoint["rng"]["cuda"])
@@ -415,6 +418,8 @@ def main():
             start_time, start_it, data_wait = time.perf_counter(), it + 1, 0.0
         it += 1
         windows_read += windows_per_iter
+        if master and windows_read // len(train_windows) > (windows_read - windows_per_iter) // len(train_windows):
+            print(f"iter {it}: epoch {windows_read // len(train_windows)} of the data begins")
         if n_stop and it < max_iters:
             save(best=False)
             if master:
