@@ -240,7 +240,7 @@ def _topk(score, k):
     """Indices of the k largest of each row: score (N, M) -> (N, k), largest first. They lie in k of any M/8 groups."""
     if score.shape[1] < 64 * k or score.shape[1] % 8:
         return score.topk(k).indices
-    groups = score.view(len(score), 8, -1)  # (N, 8, M/8)
+    groups = score.unflatten(1, (8, -1))  # (N, 8, M/8)
     best = groups.amax(1).topk(k, sorted=False).indices  # (N, k)
     among = groups.gather(2, best.unsqueeze(1).expand(-1, 8, -1)).flatten(1).topk(k).indices  # in (8, k)
     return among // k * groups.shape[2] + best.gather(1, among % k)

@@ -9,12 +9,13 @@ are the same in keys. Mistakes end the script with one line that names them; --h
 """
 import ast
 import difflib
+import os
 import sys
 
 
 def fail(message):
     """End the script with one line on standard error and status 1."""
-    print(f"{sys.argv[0]}: {message}", file=sys.stderr)
+    print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
     sys.exit(1)
 
 

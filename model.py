@@ -7,7 +7,8 @@ positions, tied embeddings. Without cayley_levels it is the dense twin.
 Shapes: B sequences of T tokens, C = n_embd, V = vocab_size, H heads of D = C / H.
 """
 import math
-from dataclasses import asdict, dataclass, fields
+import zipfile
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
@@ -186,6 +187,52 @@ class GPT(nn.Module):
         return torch.cat([idx, *self.stream(idx, max_new_tokens, **sampling)], 1)
 
 
+def covariances(x, y):
+    """Sums of <x, y>, <x, x>, <y, y> about the means, (3,): x, y (N, d)."""
+    x, y = x.double() - x.double().mean(0), y.double() - y.double().mean(0)
+    return torch.stack([(x * y).sum(), (x * x).sum(), (y * y).sum()])
+
+
+def explained(sums):
+    """Fraction of x's variance about its mean that the best multiple of y explains: covariances (..., 3) -> (...)."""
+    xy, xx, yy = sums.unbind(-1)
+    return xy.square() / (xx * yy).clamp_min(1e-30)
+
+
+@torch.no_grad()
+def code_statistics(model, idx):
+    """Per layer the covariances of the MLP's input and its code, and each level's mean active features: (layers, 3 + levels)."""
+    rows = []
+
+    def measure(sae, inputs):
+        codes = sae.encode(inputs[0])
+        active = [(c.values != 0).sum() / c.values[..., 0].numel() for c in codes]
+        rows.append(torch.cat([covariances(inputs[0].flatten(0, 1), sae.decode(codes).flatten(0, 1)), torch.stack(active)]))
+    hooks = [sae.register_forward_pre_hook(measure) for sae in model.saes()]
+    was_training = model.training
+    model.eval()(idx)
+    model.train(was_training)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(rows)
+
+
+def first_nonfinite(model, idx, targets):
+    """Name of the first module whose output, else of the last parameter whose gradient, is not finite; None if all are."""
+    found = []
+
+    def check(name):
+        return lambda module, inputs, output: found.append(name) if isinstance(output, torch.Tensor) and not (
+            output.isfinite().all()) else None
+    hooks = [module.register_forward_hook(check(name)) for name, module in model.named_modules() if name]
+    model.zero_grad()
+    model(idx, targets)[1].backward()
+    for hook in hooks:
+        hook.remove()
+    found += [f"the gradient of {name}" for name, p in reversed(list(model.named_parameters())) if not p.grad.isfinite().all()]
+    return found[0] if found else None
+
+
 def load_checkpoint(path, device="cpu"):
     """
     A checkpoint of train.py as a dict of tensors and plain values.
@@ -193,7 +240,10 @@ def load_checkpoint(path, device="cpu"):
     Raises ValueError, in one line that names the file, if it is missing, damaged, or holds anything but data.
     """
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=True)
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # torch.load reads past wrong checksums
+                raise ValueError("a checksum is wrong: the file was altered")
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
         missing = {"model", "model_args", "config"} - checkpoint.keys()
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint") from None
@@ -211,8 +261,3 @@ def load_model(path, device="cpu"):
     model = GPT(GPTConfig(**checkpoint["model_args"]))
     model.load_state_dict(checkpoint["model"])
     return model.to(device).eval(), checkpoint["config"]
-
-
-def model_args(config):
-    """A GPTConfig as plain values, for a checkpoint: GPTConfig(**model_args(config)) == config."""
-    return asdict(config)

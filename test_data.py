@@ -3,15 +3,14 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import prepare_fineweb
+from conftest import ROOT
 from prepare_fineweb import Windows, get_tokenizer, permute, read_meta
 
-ROOT = Path(__file__).parent
 SHARED = ROOT.parent / "shared"
 DOCUMENTS = ["Hello world. ", "a literal <|endoftext|> is text", "naïve café 日本語 🙂", "x" * 1000, "last\n"]
 
@@ -259,24 +258,6 @@ def test_reading_reports_missing_and_short_shards(prepared, tmp_path):
     shard.unlink()
     with pytest.raises(ValueError, match="train_000001.bin is missing"):
         Windows(str(tmp_path), "train", 16)
-
-
-@pytest.mark.parametrize("arguments, words", [
-    (["--source=nowhere/*.jsonl"], ["nowhere/*.jsonl", "no such file"]),
-    (["--source=text.csv"], ["text.csv", ".parquet"]),
-    (["--source=python", "--tokenizer=gpt4"], ["tokenizer='gpt4'", "'bytes'"]),
-    (["--source=python", "--tokenizer=bytes", "--val_tokens=-1"], ["val_tokens=-1", "at least 0"]),
-    (["--source=python", "--tokenizer=bytes", "--tokens=0"], ["tokens=0", "at least 1"]),
-    (["--source=python", "--shard=4/4"], ["shard='4/4'", "0 <= i < n"]),
-    (["--source=python", "--on-error=ignore"], ["on_error='ignore'", "'replace'"]),
-    (["--source=python", "--tokenizer=bytes", "--val_tokens=1e9"], ["val_tokens=1000000000", "lower --val_tokens"]),
-    (["--sorce=python"], ["'sorce'", "'source'"]),
-    (["--verify=nowhere"], ["nowhere/meta.json is missing"]),
-])
-def test_errors_are_one_line(arguments, words, tmp_path):
-    run = prepare(f"--out={tmp_path / 'bins'}", *arguments)
-    assert run.returncode == 1 and all(word in run.stderr.splitlines()[-1] for word in words), run.stderr
-    assert "Traceback" not in run.stderr
 
 
 def test_missing_gpt2_files_without_a_network(tmp_path):

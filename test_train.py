@@ -1,60 +1,17 @@
 """train.py and sample.py as their users run them: training, resume, ranks, errors."""
-import csv
 import json
 import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import configurator
 import train
-from model import load_model
-
-ROOT = Path(__file__).parent
-TINY = dict(device="cpu", compile=False, n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=257, batch_size=4,
-            gradient_accumulation_steps=4, cayley_levels="5,4,0;8,6,16", max_iters=20, warmup_iters=5, eval_interval=10,
-            eval_iters=4, log_interval=1)
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("data") / "bins"
-    subprocess.run([sys.executable, ROOT / "prepare_fineweb.py", "--source=python", "--tokenizer=bytes", f"--out={directory}",
-                    "--val_tokens=20000", "--tokens=200000"], check=True, capture_output=True)
-    return directory
-
-
-def command(data_dir, out_dir, ranks=1, /, **settings):
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    settings = {**TINY, "out_dir": out_dir, "data_dir": data_dir, **settings}
-    return launcher + [ROOT / "train.py"] + [f"--{key}={value}" for key, value in settings.items()]
-
-
-def run(*args, **settings):
-    return subprocess.run(command(*args, **settings), capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
-def log_rows(out_dir, column="loss"):
-    """{iteration: text of a column of log.csv}"""
-    with open(out_dir / "log.csv", newline="") as file:
-        return {int(row["iter"]): row[column] for row in csv.DictReader(file) if row[column]}
-
-
-@pytest.fixture(scope="module")
-def trained(data_dir, tmp_path_factory):
-    """An uninterrupted run on one rank."""
-    out_dir = tmp_path_factory.mktemp("out") / "run"
-    result = run(data_dir, out_dir)
-    assert result.returncode == 0, result.stderr
-    return out_dir
-
+from conftest import ENVIRONMENT, ROOT, largest_difference, log_rows, run_training, train_command
+from model import covariances, explained, load_model
 
 def test_a_run_leaves_its_files(trained):
     assert {path.name for path in trained.iterdir()} == {"ckpt.pt", "last.pt", "config.json", "log.csv"}
@@ -76,27 +33,20 @@ def test_a_run_leaves_its_files(trained):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stopped_and_resumed_equals_uninterrupted(trained, data_dir, tmp_path, number):
     out_dir = tmp_path / "run"
-    process = subprocess.Popen(command(data_dir, out_dir), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"})
+    process = subprocess.Popen(train_command(data_dir, out_dir), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=ENVIRONMENT)
     for line in process.stdout:
         if line.startswith("iter 12:" if number == signal.SIGTERM else "iter 3:"):
             process.send_signal(number)
     assert process.wait() == 0, process.stderr.read()
     stopped_at = max(log_rows(out_dir))
     assert stopped_at < 19 and (out_dir / "last.pt").exists()
-    result = run(data_dir, out_dir, init_from="resume")
+    result = run_training(data_dir, out_dir, init_from="resume")
     assert result.returncode == 0, result.stderr
     for column in ("loss", "val_loss", "grad_norm", "muon_lr", "tokens", "dead_0", "dead_1", "explained"):
         assert log_rows(out_dir, column) == log_rows(trained, column)
     states = [torch.load(path / "last.pt", weights_only=True) for path in (trained, out_dir)]
     assert all(torch.equal(a, b) for a, b in zip(states[0]["model"].values(), states[1]["model"].values(), strict=True))
-
-
-def largest_difference(one, other, columns=("loss", "val_loss")):
-    """Of two runs' rows, which must be of the same iterations."""
-    rows = [(log_rows(one, column), log_rows(other, column)) for column in columns]
-    assert all(a.keys() == b.keys() and a for a, b in rows)
-    return max(abs(float(a[it]) - float(b[it])) for a, b in rows for it in a)
 
 
 @pytest.mark.parametrize("ranks, settings", [
@@ -110,22 +60,22 @@ def test_ranks_train_on_the_same_global_batches(data_dir, tmp_path, ranks, setti
     near ties otherwise, and training is chaotic from there; so those cases are the dense twin's, at a low rate.
     """
     for out_dir, n in ((tmp_path / "one", 1), (tmp_path / "many", ranks)):
-        result = run(data_dir, out_dir, n, **settings)
+        result = run_training(data_dir, out_dir, n, **settings)
         assert result.returncode == 0, result.stderr
     assert largest_difference(tmp_path / "one", tmp_path / "many") < 1e-4
 
 
 def test_resume_at_another_world_size(data_dir, tmp_path):
     settings = dict(gradient_accumulation_steps=2, lr_schedule="constant")
-    assert run(data_dir, tmp_path / "whole", 1, **settings).returncode == 0
-    assert run(data_dir, tmp_path / "parts", 2, max_iters=10, **settings).returncode == 0
-    result = run(data_dir, tmp_path / "parts", 1, init_from="resume", **settings)
+    assert run_training(data_dir, tmp_path / "whole", 1, **settings).returncode == 0
+    assert run_training(data_dir, tmp_path / "parts", 2, max_iters=10, **settings).returncode == 0
+    result = run_training(data_dir, tmp_path / "parts", 1, init_from="resume", **settings)
     assert result.returncode == 0, result.stderr
     assert largest_difference(tmp_path / "whole", tmp_path / "parts") < 1e-4
 
 
 def test_dense_twin_trains(data_dir, tmp_path):
-    result = run(data_dir, tmp_path / "run", cayley_levels="", lr_schedule="cosine")
+    result = run_training(data_dir, tmp_path / "run", cayley_levels="", lr_schedule="cosine")
     assert result.returncode == 0, result.stderr
     val_loss = [float(value) for value in log_rows(tmp_path / "run", "val_loss").values()]
     assert val_loss[-1] < val_loss[0]
@@ -133,7 +83,7 @@ def test_dense_twin_trains(data_dir, tmp_path):
 
 def test_a_non_finite_loss_stops_before_the_weights(data_dir, tmp_path):
     out_dir = tmp_path / "run"
-    result = run(data_dir, out_dir, adamw_lr=1e30, warmup_iters=0)
+    result = run_training(data_dir, out_dir, adamw_lr=1e30, warmup_iters=0)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "iteration 1: loss" in result.stderr.splitlines()[-1]
     checkpoint = torch.load(out_dir / "last.pt", weights_only=True)
@@ -142,9 +92,9 @@ def test_a_non_finite_loss_stops_before_the_weights(data_dir, tmp_path):
 
 def test_a_finished_run_is_never_overwritten(trained, data_dir):
     before = {path.name: path.read_bytes() for path in trained.iterdir()}
-    result = run(data_dir, trained)
+    result = run_training(data_dir, trained)
     assert result.returncode == 1 and "--init_from=resume" in result.stderr
-    result = run(data_dir, trained, init_from="resume")
+    result = run_training(data_dir, trained, init_from="resume")
     assert result.returncode == 0, result.stderr  # nothing left to do
     assert (trained / "last.pt").read_bytes() == before["last.pt"] and (trained / "log.csv").read_bytes() == before["log.csv"]
 
@@ -155,7 +105,7 @@ def test_explained_variance_scores_a_constant_0_and_a_scaled_copy_1():
     noise = torch.randn(500, 8)
 
     def explained(y):
-        return train.explained(train.covariances(x, y)).item()
+        return explained(covariances(x, y)).item()
     assert explained(torch.ones(500, 8) * x.mean(0)) == pytest.approx(0, abs=1e-9)
     assert explained(x) == pytest.approx(1) and explained(x / 3 + 7) == pytest.approx(1)
     assert explained(x + noise) == pytest.approx(0.5, abs=0.05)  # squared correlation 1 / (1 + 1)
@@ -177,21 +127,6 @@ def test_sampling_from_a_checkpoint(trained, tmp_path):
     assert texts[0].stdout.count("def é(") == 2 == texts[0].stdout.count("-" * 80)
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["--ckpt=nothing.pt"], ["nothing.pt: no such checkpoint"]),
-    (["--ckpt=README.md"], ["README.md: not a readable checkpoint"]),
-    (["--start=" + "x" * 40], ["41 tokens", "block_size=32"]),
-    (["--start=FILE:nothing.txt"], ["nothing.txt"]),
-    (["--temperature=-1"], ["temperature=-1"]),
-    (["--temprature=1"], ["'temprature'", "'temperature'"]),
-    (["--num_samples=two"], ["num_samples='two' must be int"]),
-])
-def test_sampling_errors_are_one_line(trained, arguments, words):
-    result = sample("--ckpt", trained / "ckpt.pt", *arguments)
-    assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
-    assert all(word in result.stderr for word in words)
-
-
 # -----------------------------------------------------------------------------
 # settings
 
@@ -202,42 +137,6 @@ def test_config_file_then_command_line(tmp_path):
     settings = configurator.configure(namespace, [str(config), "--size=7", "--name", "b c", "--switch", "--tokens=25e9"])
     assert settings == {"size": 7, "rate": 1.0, "name": "b c", "switch": True, "tokens": 25_000_000_000}
     assert namespace["size"] == 7 and namespace["os"] is os
-
-
-@pytest.mark.parametrize("settings, words", [
-    (dict(n_layers=2), ["'n_layers'", "'n_layer'"]),
-    (dict(batch_size=2.5), ["batch_size=2.5 must be int"]),
-    (dict(compile=1), ["compile=1 must be bool"]),
-    (dict(muon_lr="high"), ["muon_lr='high' must be float"]),
-    (dict(max_iters=-5), ["max_iters=-5", "at least 1"]),
-    (dict(lr_schedule="step"), ["lr_schedule='step'", "'cosine'"]),
-    (dict(warmdown_frac=2.0), ["warmdown_frac=2.0", "0 to 1"]),
-    (dict(device="cuda"), ["device='cuda'", "--device=cpu"]),
-    (dict(device="tpu"), ["device='tpu'", "'cpu'"]),
-    (dict(data_dir="nowhere"), ["nowhere/meta.json is missing"]),
-    (dict(vocab_size=100), ["vocab_size=100", "257"]),
-    (dict(block_size=100_000), ["block_size + 1 = 100001"]),
-    (dict(n_embd=48), ["n_embd=48", "power of two"]),
-    (dict(n_head=5), ["n_embd=32 is not a multiple of n_head=5"]),
-    (dict(cayley_levels="5,4,0;8,6"), ["'8,6'", "n,k,delta"]),
-    (dict(cayley_levels="5,4,0;8,40,16"), ["'8,40,16'", "1 to the 16"]),
-    (dict(init_from="resume"), ["last.pt: no such checkpoint"]),
-])
-def test_training_errors_are_one_line(data_dir, tmp_path, settings, words):
-    result = run(data_dir, tmp_path / "run", **settings)
-    assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
-    assert all(word in result.stderr for word in words), result.stderr
-    assert not (tmp_path / "run").exists()
-
-
-def test_accumulation_must_be_a_multiple_of_the_ranks(data_dir, tmp_path):
-    result = run(data_dir, tmp_path / "run", 2, gradient_accumulation_steps=3)
-    assert result.returncode != 0 and "gradient_accumulation_steps=3 is not a multiple of the 2 ranks" in result.stderr
-
-
-def test_resume_with_other_sizes_names_the_field(trained, data_dir):
-    result = run(data_dir, trained, init_from="resume", n_layer=3)
-    assert result.returncode == 1 and "n_layer=2, not 3" in result.stderr and result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)

@@ -9,6 +9,7 @@ Trains a GPT (model.py) on token bins (prepare_fineweb.py), on one device or man
 In out_dir: ckpt.pt (best val loss), last.pt (newest), config.json (all settings, versions, commit) and log.csv.
 """
 import csv
+import importlib.util
 import json
 import math
 import os
@@ -25,7 +26,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure, fail
-from model import GPT, GPTConfig, load_checkpoint
+from model import GPT, GPTConfig, code_statistics, explained, first_nonfinite, load_checkpoint
 from muon import MuonAdamW
 from prepare_fineweb import Windows
 
@@ -90,6 +91,8 @@ def check_settings():
     for key in ("muon_lr", "muon_min_lr", "adamw_lr", "adamw_min_lr", "weight_decay", "warmup_iters", "seed"):
         if not globals()[key] >= 0:
             raise ValueError(f"{key}={globals()[key]}: must not be negative")
+    if wandb_log and not importlib.util.find_spec("wandb"):
+        raise ValueError("wandb_log=True, but wandb is not installed: pip install wandb")
     if not 0 <= warmdown_frac <= 1:
         raise ValueError(f"warmdown_frac={warmdown_frac}: must be from 0 to 1")
 
@@ -154,50 +157,23 @@ def validate(model, windows, ranks, autocast):
     return total / count
 
 
-def covariances(x, y):
-    """Sums of <x, y>, <x, x>, <y, y> about the means, (3,): x, y (N, d)."""
-    x, y = x.double() - x.double().mean(0), y.double() - y.double().mean(0)
-    return torch.stack([(x * y).sum(), (x * x).sum(), (y * y).sum()])
-
-
-def explained(sums):
-    """Fraction of x's variance about its mean that the best multiple of y explains: covariances (..., 3) -> (...)."""
-    xy, xx, yy = sums.unbind(-1)
-    return xy.square() / (xx * yy).clamp_min(1e-30)
-
-
-@torch.no_grad()
 def sae_health(model, windows, ranks, autocast):
     """
     State of the sparse codes: dead_<level> (features without an activation since the last call, summed over layers),
-    active_<level> (mean active features per token) and explained, the mean over layers of the fraction of the MLP
-    input's variance about its mean that the code explains, at the best single scale (the squared correlation).
+    active_<level> (mean active features per token) and explained (mean over layers, see model.explained).
     """
-    saes, health = model.saes(), {}
+    saes = model.saes()
     if not saes:
-        return health
-    sums = torch.zeros(len(saes), 3, dtype=torch.float64, device=ranks.device)
-    active = torch.zeros(len(saes[0].levels), dtype=torch.float64, device=ranks.device)
-
-    def measure(layer, sae, inputs):
-        codes = sae.encode(inputs[0])
-        sums[layer] += covariances(inputs[0].flatten(0, 1), sae.decode(codes).flatten(0, 1))
-        active.add_(torch.stack([(c.values != 0).sum() / c.values[..., 0].numel() for c in codes]) / len(saes))
-
-    hooks = [sae.register_forward_pre_hook(lambda sae, inputs, layer=i: measure(layer, sae, inputs))
-             for i, sae in enumerate(saes)]
+        return {}
     count = min(batch_size, len(windows))
-    x, y = to_device(windows.shuffled(ranks.rank * count, count, seed=0), ranks.device)
-    model.eval()
+    idx, _ = to_device(windows.shuffled(ranks.rank * count, count, seed=0), ranks.device)
     with autocast:
-        model(x, y)
-    model.train()
-    for hook in hooks:
-        hook.remove()
-    for level, count in enumerate((ranks.sum(active) / ranks.world_size).tolist()):
-        health[f"active_{level}"] = count
+        statistics = ranks.sum(code_statistics(model, idx))  # (layers, 3 + levels)
+    health = {}
+    for level, active in enumerate((statistics[:, 3:].mean(0) / ranks.world_size).tolist()):
         health[f"dead_{level}"] = sum((sae.active_counts[sae.level_slices[level]] == 0).sum().item() for sae in saes)
-    health["explained"] = explained(ranks.sum(sums)).mean().item()
+        health[f"active_{level}"] = active
+    health["explained"] = explained(statistics[:, :3]).mean().item()
     for sae in saes:
         sae.reset_counts()
     return health
@@ -207,21 +183,28 @@ def sae_health(model, windows, ranks, autocast):
 # files
 
 def save_checkpoint(checkpoint, best):
-    """Write out_dir/last.pt by atomic rename, and ckpt.pt as the same file if it is the best so far."""
+    """Write out_dir/last.pt by atomic rename, and ckpt.pt as the same file if best. A failure is reported, and the old stay."""
     last, ckpt = os.path.join(out_dir, "last.pt"), os.path.join(out_dir, "ckpt.pt")
-    with open(last + ".tmp", "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    if best:
-        if os.path.exists(ckpt + ".tmp"):
-            os.remove(ckpt + ".tmp")
-        try:
-            os.link(last + ".tmp", ckpt + ".tmp")
-        except OSError:  # a file system without hard links
-            shutil.copyfile(last + ".tmp", ckpt + ".tmp")
-        os.replace(ckpt + ".tmp", ckpt)
-    os.replace(last + ".tmp", last)
+    try:
+        with open(last + ".tmp", "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if best:
+            if os.path.exists(ckpt + ".tmp"):
+                os.remove(ckpt + ".tmp")
+            try:
+                os.link(last + ".tmp", ckpt + ".tmp")
+            except OSError:  # a file system without hard links
+                shutil.copyfile(last + ".tmp", ckpt + ".tmp")
+            os.replace(ckpt + ".tmp", ckpt)
+        os.replace(last + ".tmp", last)
+        directory = os.open(out_dir, os.O_RDONLY)
+        os.fsync(directory)  # the renames themselves
+        os.close(directory)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        print(f"{last} could not be written ({str(error).splitlines()[0]}): training goes on, and the next "
+              f"checkpoint is tried in at most {eval_interval} iterations", file=sys.stderr)
 
 
 class Log:
@@ -275,8 +258,12 @@ def to_device(windows, device):
 
 def load_last(ranks, config):
     """last.pt of out_dir, checked against the settings. Raises ValueError naming a setting that differs."""
-    path = os.path.join(out_dir, "last.pt")
-    checkpoint = load_checkpoint(path)
+    path, other = os.path.join(out_dir, "last.pt"), os.path.join(out_dir, "ckpt.pt")
+    try:
+        checkpoint = load_checkpoint(path)
+    except ValueError as error:
+        hint = f"; {other} is there: to go on from it, copy it to {path}" if os.path.exists(other) else ""
+        raise ValueError(f"{error}{hint}") from None
     for key, value in checkpoint["model_args"].items():
         if config[key] != value:
             raise ValueError(f"{path} was trained with {key}={value!r}, not {config[key]!r}: use that, or another out_dir")
@@ -397,8 +384,11 @@ def main():
         loss_mean, grad_norm, n_stop = ranks.sum(torch.stack([loss_sum, grad_norm, loss_sum.new_tensor(len(stop))])).tolist()
         loss_mean, grad_norm = loss_mean / ranks.world_size, grad_norm / ranks.world_size
         if not math.isfinite(loss_mean + grad_norm):
-            raise ValueError(f"iteration {it}: loss {loss_mean}, gradient norm {grad_norm}; the weights are as before it, "
-                             f"{last} as it was. Lower the learning rates?")
+            with autocast:
+                names = (first_nonfinite(raw_model, *micro_batch(windows_read, i)) for i in range(accumulation))
+                where = next(filter(None, names), "no micro-batch of this rank")
+            raise ValueError(f"iteration {it}: loss {loss_mean}, gradient norm {grad_norm}, first in {where}; the weights are "
+                             f"as before it, {last} as it was. Lower the learning rates?")
         optimizer.step()
         optimizer.zero_grad()
         for sae in raw_model.saes():

@@ -1,0 +1,61 @@
+"""What several test files use: a small data set, a small training run, and how to start one."""
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent
+TINY = dict(device="cpu", compile=False, n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=257, batch_size=4,
+            gradient_accumulation_steps=4, cayley_levels="5,4,0;8,6,16", max_iters=20, warmup_iters=5, eval_interval=10,
+            eval_iters=4, log_interval=1)
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def make_data(directory):
+    """Byte tokens of Python's own text in directory."""
+    subprocess.run([sys.executable, ROOT / "prepare_fineweb.py", "--source=python", "--tokenizer=bytes", f"--out={directory}",
+                    "--val_tokens=20000", "--tokens=200000"], check=True, capture_output=True)
+    return directory
+
+
+def train_command(data_dir, out_dir, ranks=1, /, **settings):
+    """train.py with TINY and other settings, under torchrun for more than one rank."""
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    settings = {**TINY, "out_dir": out_dir, "data_dir": data_dir, **settings}
+    return launcher + [ROOT / "train.py"] + [f"--{key}={value}" for key, value in settings.items()]
+
+
+def run_training(*args, **settings):
+    return subprocess.run(train_command(*args, **settings), capture_output=True, text=True, env=ENVIRONMENT)
+
+
+def log_rows(out_dir, column="loss"):
+    """{iteration: text of a column of log.csv}, without empty ones."""
+    with open(out_dir / "log.csv", newline="") as file:
+        return {int(row["iter"]): row[column] for row in csv.DictReader(file) if row[column]}
+
+
+def largest_difference(one, other, columns=("loss", "val_loss")):
+    """Of two runs' rows, which must be of the same iterations."""
+    rows = [(log_rows(one, column), log_rows(other, column)) for column in columns]
+    assert all(a.keys() == b.keys() and a for a, b in rows)
+    return max(abs(float(a[it]) - float(b[it])) for a, b in rows for it in a)
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data") / "bins")
+
+
+@pytest.fixture(scope="session")
+def trained(data_dir, tmp_path_factory):
+    """The out_dir of an uninterrupted run on one rank; tests must not change it."""
+    out_dir = tmp_path_factory.mktemp("out") / "run"
+    result = run_training(data_dir, out_dir)
+    assert result.returncode == 0, result.stderr
+    return out_dir
