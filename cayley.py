@@ -71,6 +71,7 @@ def label_bits(t, n):
     return bits[:n]
 
 
+@functools.cache
 def labels(t, n):
     """label_bits as integers, first bit most significant: int64 (2^t,). labels(t, n) >> 1 is labels(t, n - 1)."""
     return (label_bits(t, n).astype(np.int64) << np.arange(n - 1, -1, -1)[:, None]).sum(0)
@@ -83,11 +84,8 @@ def coherence(t, n):
     <phi_u, phi_v> depends on w = u XOR v alone and is 1/d times the Walsh-Hadamard transform of the histogram of
     labels at w: the spectrum of the Cayley graph on F_2^n that the labels generate.
     """
-    gram = np.bincount(labels(t, n), minlength=2**n)
-    for i in range(n):
-        a, b = np.moveaxis(gram.reshape(-1, 2, 2**i), 1, 0)
-        gram = np.stack([a + b, a - b], 1)
-    return float(np.abs(gram.reshape(-1)[1:]).max()) / 2**t
+    histogram = torch.from_numpy(np.bincount(labels(t, n), minlength=2**n)).double()  # so the transform is exact
+    return walsh_hadamard(histogram.unsqueeze(1))[1:].abs().max().item() / 2**t
 
 
 # -----------------------------------------------------------------------------
@@ -141,6 +139,11 @@ CHUNK_BYTES = {"cpu": 12 * 2**20, "cuda": 2**29}  # bound of temporaries; on a C
 
 def _parity(v, label, dtype, device):
     return torch.from_numpy(1 - 2 * (np.bitwise_count(v & label).astype(np.int8) & 1)).to(device, dtype)
+
+
+@functools.cache
+def _label_tensor(t, n, device):
+    return torch.from_numpy(labels(t, n)).to(device)
 
 
 @functools.cache
@@ -223,16 +226,8 @@ def _block_scores(x, blocks, t, n, m):
 
 
 def _open_blocks(parents, parent_n, q):
-    """
-    Blocks (named by their first q bits) of active parents (N, k), ascending -> blocks (N, S), shut (N, S).
-
-    shut marks the slots that open nothing: a block that is already open, or one without an active parent.
-    """
-    blocks = parents >> (parent_n - q)
-    if 2**q <= blocks.shape[1]:
-        shut = torch.ones(len(blocks), 2**q, dtype=torch.bool, device=blocks.device).scatter(1, blocks, False)
-        return torch.arange(2**q, device=blocks.device).expand_as(shut), shut
-    blocks = blocks.sort(1).values
+    """Blocks (their first q bits) of active parents (N, k) -> in ascending order, (N, k), and which repeat the one before."""
+    blocks = (parents >> (parent_n - q)).sort(1).values
     return blocks, nn.functional.pad(blocks[:, 1:] == blocks[:, :-1], (1, 0))
 
 
@@ -251,9 +246,9 @@ def _select_chunk(x, levels):
     for i, (n, k, m, scale, offset) in enumerate(levels):  # scale (2^q, 2^m), offset (2^q + 1, 2^m)
         q = n - m
         if q > 0:
-            blocks, shut = _open_blocks(active, levels[i - 1][0], q)  # (N, S)
+            blocks, repeated = _open_blocks(active, levels[i - 1][0], q)  # (N, S)
             a = nn.functional.embedding(blocks, scale)  # (N, S, 2^m)
-            b = nn.functional.embedding(blocks.masked_fill(shut, 2**q), offset)
+            b = nn.functional.embedding(blocks.masked_fill(repeated, 2**q), offset)
         else:
             blocks, a, b = torch.zeros(len(x), 1, dtype=torch.int64, device=x.device), scale, offset[:1]
         product = _block_scores(x, blocks, t, n, m).to(scale.dtype)  # (N, S, 2^m)
@@ -274,10 +269,10 @@ def select(x: Tensor, scale: Tensor, offset: Tensor, plan: list[int]) -> tuple[T
     """
     levels, start, slots, token_bytes = [], 0, 1, 0
     for n, k, m in zip(plan[::3], plan[1::3], plan[2::3]):
-        where, slots = slice(start, start + 2**n), min(slots, 2 ** (n - m))
-        level_offset = nn.functional.pad(offset[where].view(-1, 2**m), (0, 0, 0, 1), value=-math.inf)  # a row for shut slots
+        where = slice(start, start + 2**n)
+        level_offset = nn.functional.pad(offset[where].view(-1, 2**m), (0, 0, 0, 1), value=-math.inf)  # for repeated blocks
         levels.append((n, k, m, scale[where].view(-1, 2**m) * x.shape[1] ** -0.5, level_offset))
-        token_bytes = max(token_bytes, 4 * slots * (x.shape[1] + 2 * 2**m))
+        token_bytes = max(token_bytes, 4 * (slots if m < n else 1) * (x.shape[1] + 2 * 2**m))
         start, slots = start + 2**n, k
     with torch.autocast(x.device.type, enabled=False):
         parts = [_select_chunk(part, levels) for part in x.split(max(1, CHUNK_BYTES[x.device.type] // token_bytes))]
@@ -319,21 +314,21 @@ def _deepest(ids, levels_n):
 
 def _select_setup(ctx, inputs, output):
     ctx.dtype, ctx.plan = inputs[0].dtype, inputs[3]
-    ctx.save_for_backward(output[0])
+    ctx.save_for_backward(_deepest(output[0].split(ctx.plan[1::3], 1), ctx.plan[::3]))
 
 
 def _select_backward(ctx, _, grad):
     t, n = ctx.plan[0], ctx.plan[-3]
-    ids = _deepest(ctx.saved_tensors[0].split(ctx.plan[1::3], 1), ctx.plan[::3])
-    return combine(ids, (grad * 2 ** (-t / 2)).to(ctx.dtype), t, n), None, None, None
+    return combine(*ctx.saved_tensors, (grad * 2 ** (-t / 2)).to(ctx.dtype), t, n), None, None, None
 
 
 def _combine_setup(ctx, inputs, output):
-    ctx.ids, _, ctx.t, ctx.n = inputs
+    ids, _, ctx.t, ctx.n = inputs
+    ctx.save_for_backward(ids)
 
 
 select.register_autograd(_select_backward, setup_context=_select_setup)
-combine.register_autograd(lambda ctx, grad: (None, project(grad.contiguous(), ctx.ids, ctx.t, ctx.n), None, None),
+combine.register_autograd(lambda ctx, grad: (None, project(grad.contiguous(), *ctx.saved_tensors, ctx.t, ctx.n), None, None),
                           setup_context=_combine_setup)
 
 
@@ -356,7 +351,7 @@ class CayleySAE(nn.Module):
     forward_standardized: the code is that score; otherwise raw + bias.
 
     The biases are the only parameters: bias (F,), a slice of level_slices per level. Buffers of that layout: mean and
-    var of raw, and active_counts, the activations since the last reset. Raises ValueError for impossible levels.
+    var of raw, and active_counts, activations since it was last zeroed. Raises ValueError for impossible levels.
     """
 
     stats_momentum = 0.05
@@ -377,12 +372,11 @@ class CayleySAE(nn.Module):
         self.bias = nn.Parameter(torch.zeros(ends[-1]))
         self.register_buffer("mean", torch.zeros(ends[-1]))
         self.register_buffer("var", torch.ones(ends[-1]))
-        self.register_buffer("active_counts", torch.zeros(ends[-1], dtype=torch.int64))
-        # sums over the training forwards since the last update_stats()
-        self.register_buffer("pending_rows", torch.zeros(1), persistent=False)
-        self.register_buffer("pending_x", torch.zeros(n_embd), persistent=False)
-        self.register_buffer("pending_xx", torch.zeros(n_embd, n_embd), persistent=False)
-        self.register_buffer("pending_counts", torch.zeros(ends[-1], dtype=torch.int64), persistent=False)
+        counts = torch.zeros(ends[-1], dtype=torch.int64)
+        self.register_buffer("active_counts", counts)
+        for name, zeros in (("rows", torch.zeros(1)), ("x", torch.zeros(n_embd)), ("xx", torch.zeros(n_embd, n_embd)),
+                            ("counts", counts.clone())):  # sums over the training forwards since update_stats()
+            self.register_buffer(f"pending_{name}", zeros, persistent=False)
 
     def encode(self, x):
         """x (..., d) -> [Codes of level 0, Codes of level 1, ...]. In training it also accumulates statistics."""
@@ -446,7 +440,7 @@ class CayleySAE(nn.Module):
         if dist.is_initialized() and dist.get_world_size() > 1:
             for sums in pending:  # before the transform, so that every world size rounds alike
                 dist.all_reduce(sums)
-        label = torch.from_numpy(labels(self.t, self.n)).to(self.mean.device)
+        label = _label_tensor(self.t, self.n, self.mean.device)
         sums = self.mean.new_zeros(2**self.n, 2)
         sums[:, 0].index_add_(0, label, self.pending_x)
         sums[:, 1].index_add_(0, (label[:, None] ^ label).flatten(), self.pending_xx.flatten())
@@ -460,7 +454,3 @@ class CayleySAE(nn.Module):
         self.active_counts += self.pending_counts
         for sums in pending:
             sums.zero_()
-
-    def reset_counts(self):
-        """Start counting activations anew."""
-        self.active_counts.zero_()

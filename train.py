@@ -175,7 +175,7 @@ def sae_health(model, windows, ranks, autocast):
         health[f"active_{level}"] = active
     health["explained"] = explained(statistics[:, :3]).mean().item()
     for sae in saes:
-        sae.reset_counts()
+        sae.active_counts.zero_()
     return health
 
 
