@@ -364,6 +364,7 @@ class CayleySAE(nn.Module):
         check_levels(n_embd, self.levels, per_parent_budget)
         self.n_embd, self.t, self.n = n_embd, n_embd.bit_length() - 1, self.levels[-1].n
         self.score_standardize, self.forward_standardized = score_standardize, forward_standardized
+        self.edits = []  # interventions of forward, see edit
         self.plan = []
         for i, (n, k, delta) in enumerate(self.levels):
             self.plan += [n, k, delta.bit_length() - 1 if per_parent_budget and i > 0 else n]
@@ -408,8 +409,23 @@ class CayleySAE(nn.Module):
         return out.view(ids.shape[:-1] + (self.n_embd,))
 
     def forward(self, x):
-        """x (..., d) -> its reconstruction from the active features, (..., d)."""
-        return self.decode(self.encode(x))
+        """x (..., d) -> its reconstruction from the active features after self.edits, (..., d)."""
+        return self.decode(self.edit(self.encode(x), self.edits))
+
+    def edit(self, codes, edits):
+        """
+        Codes with some features' codes c changed to keep * c + add at every token: edits, a list of (level, feature, keep, add).
+
+        (0, add) sets a code, (1, add) steers by add and (0, 0) ablates; c is 0 where a feature isn't active. What is
+        active elsewhere stays as it is. Since decode is linear, an edit is one more entry with the difference.
+        """
+        codes = list(codes)
+        for level, feature, keep, add in edits:
+            ids, values = codes[level]
+            old = values.masked_fill(ids != feature, 0).sum(-1, keepdim=True)
+            codes[level] = Codes(torch.cat([ids, torch.full_like(ids[..., :1], feature)], -1),
+                                 torch.cat([values, (keep - 1) * old + add], -1))
+        return codes
 
     def atoms(self, level, ids):
         """Unit-norm atoms of features of a level, a tensor or list of m ids -> (m, n_embd)."""

@@ -3,7 +3,8 @@ Overrides a script's globals by a config file and then by --key=value, checked: 
 
     config = configure(globals())     # at the top of a script, after its settings
 
-A setting is a global of plain type (bool, int, float, str) in lower case. A config file is a Python file of plain
+A setting is a global of plain type (bool, int, float, str) in lower case, or a list of strings, to which every
+--key=value adds one. A config file is a Python file of plain
 assignments to settings. On the command line '--key=value', '--key value', and '--key' alone for a bool; '-' and '_'
 are the same in keys. Mistakes end the script with one line that names them; --help lists the settings.
 """
@@ -25,7 +26,7 @@ def _checked(key, value, settings, where):
         nearest = difflib.get_close_matches(key, settings, n=1, cutoff=0)
         fail(f"{where}: unknown setting {key!r}; the nearest is {nearest[0]!r} (--help lists all)")
     kind = type(settings[key])
-    if kind is not str and isinstance(value, str):
+    if kind not in (str, list) and isinstance(value, str):
         try:
             value = ast.literal_eval(value)
         except (ValueError, SyntaxError):
@@ -34,8 +35,10 @@ def _checked(key, value, settings, where):
         value = float(value)
     if kind is int and type(value) is float and value.is_integer():  # --tokens=25e9
         value = int(value)
+    if kind is list and isinstance(value, str):
+        value = settings[key] + [value]
     if type(value) is not kind:
-        fail(f"{where}: {key}={value!r} must be {kind.__name__}, as its default {settings[key]!r} is")
+        fail(f"{where}: {key}={value!r} must be {kind.__name__}, as {settings[key]!r} is")
     return value
 
 
@@ -47,7 +50,7 @@ def configure(namespace, argv=None):
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     settings = {key: value for key, value in namespace.items()
-                if not key.startswith("_") and key.islower() and type(value) in (bool, int, float, str)}
+                if not key.startswith("_") and key.islower() and type(value) in (bool, int, float, str, list)}
     defaults, files = dict(settings), 0
     while argv:
         arg = argv.pop(0)
@@ -62,7 +65,7 @@ def configure(namespace, argv=None):
                 value = "True"
             elif not equals:
                 value = argv.pop(0) if argv and not argv[0].startswith("--") else fail(f"--{key} needs a value")
-            settings[key] = _checked(key, value, defaults, "command line")
+            settings[key] = _checked(key, value, settings, "command line")
         elif arg.endswith(".py") and not files:
             files, assigned = 1, {}
             try:

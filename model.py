@@ -149,6 +149,16 @@ class GPT(nn.Module):
         logits = self.lm_head(self.ln_f(x))  # (B, T, V)
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
+    def run_with_codes(self, idx):
+        """idx (B, T) -> logits (B, T, V), and per layer the codes that its MLP read: a list of Codes per level."""
+        codes = []
+        x = self.wte(idx) + self.wpe(torch.arange(idx.shape[1], device=idx.device))  # (B, T, C)
+        for block in self.blocks:
+            x = x + block.attn(block.ln_1(x))
+            codes.append(block.sae.edit(block.sae.encode(block.ln_2(x)), block.sae.edits))
+            x = x + block.mlp(block.sae.decode(codes[-1]))
+        return self.lm_head(self.ln_f(x)), codes
+
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, use_cache=True, n_tokens=None, generator=None):
         """

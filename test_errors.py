@@ -50,6 +50,11 @@ SAMPLE = [
     (["--ckpt"], ["--ckpt needs a value"]),
     (["--device=cuda"], ["device='cuda'", "--device=cpu"]),
     (["ckpt.pt"], ["'ckpt.pt'", "--key=value"]),
+    (["--steer=1.1"], ["'1.1'", "layer.level.feature=+8"]),
+    (["--steer=1.1.3"], ["'1.1.3'", "layer.level.feature=+8"]),
+    (["--ablate=2.0.0"], ["'2.0.0'", "2 layers"]),
+    (["--ablate=1.2.0"], ["'1.2.0'", "2 levels"]),
+    (["--ablate=1.1.256"], ["'1.1.256'", "256 features"]),
 ]
 PREPARE = [
     (["--source=nowhere/*.jsonl", "--tokenizer=bytes"], ["nowhere/*.jsonl", "no such file"]),

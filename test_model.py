@@ -194,3 +194,38 @@ def test_reference_schedule(monkeypatch):
     assert [train.get_lr(it, 1, 0.1) for it in (200, (200 + 12716) / 2, 12716)] == pytest.approx([1, 0.55, 0.1])
     monkeypatch.setattr(train, "lr_schedule", "constant")
     assert [train.get_lr(it, 1, 0.1) for it in (100, 200, 12716)] == pytest.approx([0.5, 1, 1])
+
+
+# -----------------------------------------------------------------------------
+# codes and interventions
+
+def test_run_with_codes_is_the_forward_and_says_what_it_read():
+    model = small_gpt().eval()
+    idx = torch.randint(65, (2, 10))
+    inputs = []
+    for block in model.blocks:
+        block.mlp.register_forward_pre_hook(lambda mlp, args: inputs.append(args[0]))
+    logits, codes = model.run_with_codes(idx)
+    torch.testing.assert_close(logits, model(idx, idx)[0])
+    assert len(codes) == 2 and [level.ids.shape for level in codes[0]] == [(2, 10, 4), (2, 10, 5)]
+    for block, layer_codes, mlp_input in zip(model.blocks, codes, inputs):
+        torch.testing.assert_close(block.sae.decode(layer_codes), mlp_input)
+
+
+def test_edits_change_the_mlp_input_by_exactly_the_atom_times_the_change():
+    model = small_gpt().eval()
+    sae, inputs = model.blocks[0].sae, []
+    model.blocks[0].mlp.register_forward_pre_hook(lambda mlp, args: inputs.append(args[0]))
+    idx = torch.randint(65, (2, 10))
+    _, codes = model.run_with_codes(idx)
+    feature = codes[0][1].ids[0, 4, 2].item()  # active at one token at least, and not at all of them
+    old = codes[0][1].values.masked_fill(codes[0][1].ids != feature, 0).sum(-1)
+    assert (old != 0).any() and (old == 0).any()
+    atom = sae.atoms(1, [feature])[0]
+    for keep, add, change in ((1, 8.0, torch.full_like(old, 8.0)), (0, 0.0, -old), (0, 5.0, 5.0 - old)):
+        sae.edits = [(1, feature, keep, add)]
+        model(idx)
+        torch.testing.assert_close(inputs[-1] - inputs[0], change[..., None] * atom)
+    sae.edits = []
+    model(idx)
+    assert torch.equal(inputs[-1], inputs[0])

@@ -127,6 +127,17 @@ def test_sampling_from_a_checkpoint(trained, tmp_path):
     assert texts[0].stdout.count("def é(") == 2 == texts[0].stdout.count("-" * 80)
 
 
+def test_steering_beside_the_unsteered_text(trained):
+    arguments = ["--ckpt", trained / "ckpt.pt", "--num_samples=1", "--max_new_tokens=40", "--temperature=0"]
+    plain = sample(*arguments).stdout
+    both = sample(*arguments, "--steer", "0.1.77=+30", "--steer", "1.0.3=-30", "--ablate", "1.1.5", "--compare")
+    assert both.returncode == 0, both.stderr
+    _, unsteered, steered = both.stdout.split("===")
+    assert unsteered.startswith(" as trained\n") and steered.startswith(" steered\n")
+    assert unsteered.removeprefix(" as trained\n") == plain != steered.removeprefix(" steered\n")
+    assert sample(*arguments, "--steer", "0.1.77=+0").stdout.removeprefix("=== steered\n") == plain
+
+
 # -----------------------------------------------------------------------------
 # settings
 
