@@ -68,6 +68,13 @@ PREPARE = [
     (["--sorce=python"], ["'sorce'", "'source'"]),
     (["--verify=nowhere"], ["nowhere/meta.json is missing"]),
 ]
+EVALS = [
+    (["--hellaswag=nothing.jsonl"], ["nothing.jsonl: no such file"]),
+    (["--n_windows=1"], ["n_windows=1", "at least 2"]),
+    (["--data_dir=nowhere"], ["nowhere/meta.json is missing"]),
+    (["--vs=nothing.pt"], ["nothing.pt: no such checkpoint"]),
+    (["--lambada=" + str(ROOT / "README.md")], ["README.md: not a .jsonl file"]),
+]
 BENCH = [(["--section=speed"], ["section='speed'", "layer"]), (["--dtype=fp8"], ["dtype='fp8'", "'bf16'"])]
 CONFIG = [("n_layer = 'two'", ["n_layer='two' must be int"]), ("n_layer = (", ["config", "never closed"]),
           ("layers = 3", ["'layers'", "'n_layer'"]), ("n_layer = undefined", ["'undefined'"])]
@@ -105,9 +112,11 @@ def test_config_file(fails, tmp_path, text, words):
     assert not words_in(fails("train.py", tmp_path / "c.py"), words)
 
 
-@pytest.mark.parametrize("arguments, words", SAMPLE, ids=lambda value: str(value))
-def test_sample(fails, trained, arguments, words):
-    assert not words_in(fails("sample.py", f"--ckpt={trained / 'ckpt.pt'}", "--device=cpu", *arguments), words)
+@pytest.mark.parametrize("script, arguments, words", [("sample.py", *row) for row in SAMPLE] +
+                         [("evals.py", *row) for row in EVALS], ids=lambda value: str(value))
+def test_sample_and_evals(fails, trained, script, arguments, words):
+    assert not words_in(fails(script, f"--ckpt={trained / 'ckpt.pt'}", "--device=cpu", *arguments), words)
+    assert not (trained / "evals.json").exists()
 
 
 @pytest.mark.parametrize("script, arguments, words", [("prepare_fineweb.py", *row) for row in PREPARE] +
