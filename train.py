@@ -10,7 +10,6 @@ In out_dir: ckpt.pt (best val loss), last.pt (newest), config.json (all settings
 """
 import csv
 import importlib.util
-import json
 import math
 import os
 import platform
@@ -28,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from configurator import configure, fail
 from model import GPT, GPTConfig, code_statistics, explained, first_nonfinite, load_checkpoint
 from muon import MuonAdamW
-from prepare_fineweb import Windows
+from prepare_fineweb import Windows, write_json
 
 # -----------------------------------------------------------------------------
 # settings: a config file and then --key=value override them, see configurator.py
@@ -78,19 +77,21 @@ compile = True  # torch.compile
 PEAK_BF16_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "RTX 4090": 165e12}
 
 
+CHOICES = {"init_from": ("scratch", "resume"), "lr_schedule": ("linear_warmdown", "cosine", "constant"),
+           "dtype": ("auto", "bfloat16", "float32")}
+AT_LEAST_1 = ("eval_interval", "eval_iters", "log_interval", "batch_size", "gradient_accumulation_steps", "max_iters")
+NOT_NEGATIVE = ("muon_lr", "muon_min_lr", "adamw_lr", "adamw_min_lr", "weight_decay", "warmup_iters", "seed")
+
+
 def check_settings():
     """Raise ValueError for a setting that makes no sense, before anything is loaded."""
-    choices = {"init_from": ("scratch", "resume"), "lr_schedule": ("linear_warmdown", "cosine", "constant"),
-               "dtype": ("auto", "bfloat16", "float32")}
-    for key, allowed in choices.items():
-        if globals()[key] not in allowed:
-            raise ValueError(f"{key}={globals()[key]!r}: must be one of {', '.join(map(repr, allowed))}")
-    for key in ("eval_interval", "eval_iters", "log_interval", "batch_size", "gradient_accumulation_steps", "max_iters"):
-        if globals()[key] < 1:
-            raise ValueError(f"{key}={globals()[key]}: must be at least 1")
-    for key in ("muon_lr", "muon_min_lr", "adamw_lr", "adamw_min_lr", "weight_decay", "warmup_iters", "seed"):
-        if not globals()[key] >= 0:
-            raise ValueError(f"{key}={globals()[key]}: must not be negative")
+    for key, value in globals().items():
+        if key in CHOICES and value not in CHOICES[key]:
+            raise ValueError(f"{key}={value!r}: must be one of {', '.join(map(repr, CHOICES[key]))}")
+        if key in AT_LEAST_1 and value < 1:
+            raise ValueError(f"{key}={value}: must be at least 1")
+        if key in NOT_NEGATIVE and not value >= 0:
+            raise ValueError(f"{key}={value}: must not be negative")
     if wandb_log and not importlib.util.find_spec("wandb"):
         raise ValueError("wandb_log=True, but wandb is not installed: pip install wandb")
     if not 0 <= warmdown_frac <= 1:
@@ -214,8 +215,8 @@ class Log:
         self.path, self.columns, rows = os.path.join(out_dir, "log.csv"), columns, []
         if it > 0 and os.path.exists(self.path):
             with open(self.path, newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["iter"]) < it or int(row["iter"]) == evaluated
-                        and row["val_loss"]]
+                rows = [row for row in csv.DictReader(file) if None not in row.values()  # a line that was cut off
+                        and (int(row["iter"]) < it or int(row["iter"]) == evaluated and row["val_loss"])]
         with open(self.path + ".tmp", "w", newline="") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
@@ -230,7 +231,7 @@ class Log:
     def write(self, row):
         csv.DictWriter(self.file, self.columns).writerow(row)
         if self.wandb:
-            self.wandb.log(row)
+            self.wandb.log(row, step=row["iter"])
 
 
 def write_config(config):
@@ -239,10 +240,7 @@ def write_config(config):
                             cwd=os.path.dirname(os.path.abspath(__file__))).stdout.strip()
     record = {"config": config, "command": sys.argv, "commit": commit or None,
               "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}}
-    path = os.path.join(out_dir, "config.json")
-    with open(path + ".tmp", "w") as file:
-        json.dump(record, file, indent=1)
-    os.replace(path + ".tmp", path)
+    write_json(os.path.join(out_dir, "config.json"), record)
 
 
 def to_device(windows, device):
