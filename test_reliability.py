@@ -55,7 +55,7 @@ def kill_campaign(directory, data_dir, rounds, ranks, seed=0):
         init_from = "resume" if (out_dir / "last.pt").exists() else "scratch"
         process = subprocess.Popen(train_command(data_dir, out_dir, ranks, init_from=init_from, **run_settings),
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
-        deadline, writing = time.monotonic() + generator.uniform(2, 8), False
+        deadline, writing = time.monotonic() + generator.uniform(2, 8) + 4 * (ranks > 1), False
         wait_for_write = counts["kills"] % 2
         while process.poll() is None and not (time.monotonic() > deadline and (writing or not wait_for_write)):
             writing = (out_dir / "last.pt.tmp").exists()
