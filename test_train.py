@@ -104,11 +104,11 @@ def test_explained_variance_scores_a_constant_0_and_a_scaled_copy_1():
     x = torch.randn(500, 8) + 3
     noise = torch.randn(500, 8)
 
-    def explained(y):
+    def score(y):
         return explained(covariances(x, y)).item()
-    assert explained(torch.ones(500, 8) * x.mean(0)) == pytest.approx(0, abs=1e-9)
-    assert explained(x) == pytest.approx(1) and explained(x / 3 + 7) == pytest.approx(1)
-    assert explained(x + noise) == pytest.approx(0.5, abs=0.05)  # squared correlation 1 / (1 + 1)
+    assert score(torch.ones(500, 8) * x.mean(0)) == pytest.approx(0, abs=1e-9)
+    assert score(x) == pytest.approx(1) and score(x / 3 + 7) == pytest.approx(1)
+    assert score(x + noise) == pytest.approx(0.5, abs=0.05)  # squared correlation 1 / (1 + 1)
 
 
 # -----------------------------------------------------------------------------
