@@ -1,7 +1,7 @@
 """
 Measures what the sparse bottleneck costs, beside what one would use instead. Medians of interleaved repeats.
 
-    python bench.py                                   # every section, under 5 minutes on 2 cores
+    python bench.py                                   # every section, about 6 minutes on 2 cores
     python bench.py --section=layer --json=layer.json
     python bench.py --device=cuda --dtype=bf16 --compile
 
