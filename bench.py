@@ -266,7 +266,7 @@ def bench_flops():
     rows = {}
     for name, (n_embd, levels) in LEVELS.items():
         x, sae = torch.randn(64, n_embd), CayleySAE(n_embd, levels)
-        plan, start = [], 0
+        plan = []
         for n, k, m in zip(sae.plan[::3], sae.plan[1::3], sae.plan[2::3]):
             plan.append((n, k, m, torch.ones(2 ** (n - m), 2**m), torch.zeros(2 ** (n - m) + 1, 2**m)))
         with FlopCounterMode(display=False) as counter:

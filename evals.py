@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from configurator import configure, fail
-from model import code_statistics, explained, load_model
+from model import code_statistics, explained, load_model, pick_device
 from prepare_fineweb import Windows, get_tokenizer, write_json
 
 # settings, see configurator.py
@@ -214,9 +214,7 @@ def main():
     for path in (ppl, hellaswag, lambada):
         if path and path != "hub" and not os.path.isfile(path):
             raise ValueError(f"{path}: no such file")
-    target = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if target.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device={device!r}, but this PyTorch sees no CUDA device: use --device=cpu")
+    target = pick_device(device)
     model, config = load_model(ckpt, target)
     encoding = get_tokenizer(config["tokenizer"])
     split = Windows(data_dir or config["data_dir"], "val", model.config.block_size)

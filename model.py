@@ -265,6 +265,16 @@ def load_checkpoint(path, device="cpu"):
     return checkpoint
 
 
+def pick_device(device):
+    """The torch.device that a script's setting names; "auto" is CUDA where there is one. Raises ValueError naming a bad one."""
+    if device.split(":")[0] not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device={device!r}: must be 'auto', 'cpu' or 'cuda'")
+    target = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r}, but this PyTorch sees no CUDA device: use --device=cpu")
+    return target
+
+
 def load_model(path, device="cpu"):
     """A checkpoint's model, in evaluation mode on device, and its resolved training configuration (a dict)."""
     checkpoint = load_checkpoint(path)

@@ -83,8 +83,10 @@ def documents(source, start, part, parts):
         rows = rows.shard(num_shards=parts, index=part)  # whole files, consecutive
         return retrying(lambda start: (row["text"] for row in rows.skip(start)), start)
     paths = None if source == "python" else source_files(source)
-    total = sum(1 for _ in python_documents()) if paths is None else sum(map(count_rows, paths)) if parts > 1 else None
-    first, end = (part * total // parts, (part + 1) * total // parts) if parts > 1 else (0, None)
+    first, end = 0, None
+    if parts > 1:
+        total = sum(1 for _ in python_documents()) if paths is None else sum(map(count_rows, paths))
+        first, end = part * total // parts, (part + 1) * total // parts
     rows = python_documents() if paths is None else itertools.chain.from_iterable(map(file_rows, paths))
     return itertools.islice(rows, first + start, end)
 

@@ -15,7 +15,7 @@ import re
 import torch
 
 from configurator import configure, fail
-from model import load_model
+from model import load_model, pick_device
 from prepare_fineweb import get_tokenizer
 
 # settings, see configurator.py
@@ -53,9 +53,7 @@ def main():
     if temperature < 0 or top_k < 0 or num_samples < 1 or max_new_tokens < 0:
         raise ValueError(f"temperature={temperature}, top_k={top_k}, max_new_tokens={max_new_tokens} must not be negative, "
                          f"and num_samples={num_samples} must be at least 1")
-    target = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if target.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device={device!r}, but this PyTorch sees no CUDA device: use --device=cpu")
+    target = pick_device(device)
     prompt = start
     if start.startswith("FILE:"):
         with open(start[5:], encoding="utf-8") as file:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import cayley
-from cayley import CayleySAE, Codes, coherence, field_tables, label_bits, labels, parse_levels
+from cayley import CayleySAE, Codes, coherence, field_tables, label_bits, parse_levels
 
 T = range(4, 13)
 

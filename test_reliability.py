@@ -9,7 +9,6 @@ import random
 import resource
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path

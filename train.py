@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure, fail
-from model import GPT, GPTConfig, code_statistics, explained, first_nonfinite, load_checkpoint
+from model import GPT, GPTConfig, code_statistics, explained, first_nonfinite, load_checkpoint, pick_device
 from muon import MuonAdamW
 from prepare_fineweb import Windows, write_json
 
@@ -117,11 +117,7 @@ class Ranks:
 
     def __init__(self):
         self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if device.split(":")[0] not in ("auto", "cpu", "cuda"):
-            raise ValueError(f"device={device!r}: must be 'auto', 'cpu' or 'cuda'")
-        self.device = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-        if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device={device!r}, but this PyTorch sees no CUDA device: use --device=cpu")
+        self.device = pick_device(device)
         if gradient_accumulation_steps % self.world_size:
             raise ValueError(f"gradient_accumulation_steps={gradient_accumulation_steps} is not a multiple of the "
                              f"{self.world_size} ranks")
@@ -345,7 +341,7 @@ def main():
                              "rng": {"cpu": torch.get_rng_state(), "cuda": cuda_rng}}, best)
 
     x, y = micro_batch(windows_read, 0)
-    start_time, start_it, data_wait, row = time.perf_counter(), it, 0.0, {}
+    start_time, start_it, data_wait = time.perf_counter(), it, 0.0
     while True:
         if (it % eval_interval == 0 or it == max_iters) and evaluated != it:
             evaluated = it
