@@ -387,8 +387,8 @@ def main():
     if dtype not in ("fp32", "bf16"):
         raise ValueError(f"dtype={dtype!r}: must be 'fp32' or 'bf16'")
     if section in INTERNAL:
-        print(json_module.dumps(INTERNAL[section]()))
-        return
+        print(json_module.dumps(INTERNAL[section]()), flush=True)
+        os._exit(0)  # see the end of train.py
     if section != "all" and section not in SECTIONS:
         raise ValueError(f"section={section!r}: must be all or one of {', '.join(SECTIONS)}")
     machine = {"processor": torch.cuda.get_device_name() if device != "cpu" else platform.processor() or platform.machine(),

@@ -409,8 +409,13 @@ def main():
             if master:
                 print(f"stopped after iteration {it - 1}: {last} is written, go on with --init_from=resume")
             break
+    if master and log.wandb:
+        log.wandb.finish()
     if dist.is_initialized():
         dist.destroy_process_group()
+        # Not by Python's own end: gloo's threads need the interpreter to let go of the last tensors, and hang or abort there.
+        sys.stdout.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":
