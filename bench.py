@@ -1,7 +1,7 @@
 """
 Measures what the sparse bottleneck costs, beside what one would use instead. Medians of interleaved repeats.
 
-    python bench.py                                   # every section, about 6 minutes on 2 cores
+    python bench.py                                   # every section, about 4 minutes on 2 cores
     python bench.py --section=layer --json=layer.json
     python bench.py --device=cuda --dtype=bf16 --compile
 
@@ -214,7 +214,8 @@ def bench_step():
         functions["compiled", "both"], _ = training_step(MODELS["cayley 2L"], compile=True)
     times = interleaved(functions, repeats)
     del functions
-    memory = {name: child("--section=memory", f"--model={name}") for name in MODELS}
+    with ThreadPoolExecutor(2 if device == "cpu" else 1) as pool:
+        memory = dict(zip(MODELS, pool.map(lambda name: child("--section=memory", f"--model={name}"), MODELS)))
     step = {name: times[name, "both"] + times[name, "update"] for name in MODELS}
     rows = {
         name: {"fwd+bwd tok/s": 1024 / times[name, "both"], "x dense": times["dense", "both"] / times[name, "both"],
