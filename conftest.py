@@ -34,6 +34,10 @@ def run_training(*args, **settings):
     return subprocess.run(train_command(*args, **settings), capture_output=True, text=True, env=ENVIRONMENT)
 
 
+def run_script(*command):
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=ENVIRONMENT)
+
+
 def log_rows(out_dir, column="loss"):
     """{iteration: text of a column of log.csv}, without empty ones."""
     with open(out_dir / "log.csv", newline="") as file:
