@@ -5,7 +5,7 @@ Scores a checkpoint: val loss, perplexity, HellaSwag, LAMBADA, and the state of 
     python evals.py --ckpt ckpt.pt --ppl=text.txt --hellaswag=hub --lambada=hub
     python evals.py --ckpt ckpt.pt --hellaswag=val.jsonl --lambada=test.jsonl --vs=other.pt
 
-Prints the scores and writes them to evals.json beside the checkpoint. Conventions: losses are nats per token, with the
+Prints the scores and writes them to evals.json beside the checkpoint; train.py --final_evals does so at its end. Conventions: losses are nats per token, with the
 standard error over windows; bits per byte count no byte for end of text; HellaSwag takes the ending of the largest
 log-probability per character, as lm-evaluation-harness' acc_norm; LAMBADA asks for every token of the last word to be the
 most likely one. A feature is rare below one activation in 10,000 tokens; explained is about the mean at the best scale.
@@ -191,43 +191,44 @@ def code_scores(model, windows):
 
 # -----------------------------------------------------------------------------
 
-def evaluate(model, encoding, windows):
-    """Every score that the settings ask for, as a dict for evals.json."""
-    scores = {"val": loss_scores(model, windows, encoding)}
-    if ppl:
-        scores["text"] = loss_scores(model, text_windows(ppl, encoding, model.config.block_size), encoding)
-    if hellaswag:
-        rows = json_rows(hellaswag, ("Rowan/hellaswag",), "validation", ("ctx", "endings", "label"))
-        scores["hellaswag"] = hellaswag_scores(model, encoding, rows)
-    if lambada:
-        rows = json_rows(lambada, ("EleutherAI/lambada_openai", "default"), "test", ("text",))
-        scores["lambada"] = lambada_scores(model, encoding, rows)
-    if model.saes():
-        scores["codes"] = code_scores(model, windows[:32])
-    return scores
-
-
-def main():
-    configure(globals())
+def load_tasks(encoding, block_size):
+    """What the settings ask for, read at once, so that what is missing is reported before anything runs: {name: data}."""
     if batch_size < 1 or n_windows < 2 or limit < 0:
         raise ValueError(f"batch_size={batch_size} must be at least 1, n_windows={n_windows} at least 2 and limit={limit} not negative")
     for path in (ppl, hellaswag, lambada):
         if path and path != "hub" and not os.path.isfile(path):
             raise ValueError(f"{path}: no such file")
-    target = pick_device(device)
-    model, config = load_model(ckpt, target)
-    encoding = get_tokenizer(config["tokenizer"])
-    split = Windows(data_dir or config["data_dir"], "val", model.config.block_size)
-    if split.meta["tokenizer"] != config["tokenizer"]:
-        raise ValueError(f"{data_dir}: its tokenizer is {split.meta['tokenizer']!r} and the checkpoint's {config['tokenizer']!r}")
-    windows = split.shuffled(0, min(n_windows, len(split)), seed=0)
-    scores = evaluate(model, encoding, windows)
-    if vs:
-        other, other_config = load_model(vs, target)
-        if other_config["tokenizer"] != config["tokenizer"] or other.config.block_size != model.config.block_size:
-            raise ValueError(f"{vs}: it has another tokenizer or block_size than {ckpt}, so losses can't be paired")
-        difference, error = mean_and_error(np.subtract(window_losses(model, windows), window_losses(other, windows)))
-        scores["vs"] = {"checkpoint": vs, "loss_difference": difference, "standard_error": error}
+    tasks = {}
+    if ppl:
+        tasks["text"] = text_windows(ppl, encoding, block_size)
+    if hellaswag:
+        tasks["hellaswag"] = json_rows(hellaswag, ("Rowan/hellaswag",), "validation", ("ctx", "endings", "label"))
+    if lambada:
+        tasks["lambada"] = json_rows(lambada, ("EleutherAI/lambada_openai", "default"), "test", ("text",))
+    return tasks
+
+
+def val_windows(split):
+    """The windows that are scored, (n_windows, T + 1): the same for every checkpoint."""
+    return split.shuffled(0, min(n_windows, len(split)), seed=0)
+
+
+def evaluate(model, encoding, windows, tasks):
+    """Every score of windows and load_tasks' tasks, as a dict for evals.json."""
+    scores = {"val": loss_scores(model, windows, encoding)}
+    if "text" in tasks:
+        scores["text"] = loss_scores(model, tasks["text"], encoding)
+    if "hellaswag" in tasks:
+        scores["hellaswag"] = hellaswag_scores(model, encoding, tasks["hellaswag"])
+    if "lambada" in tasks:
+        scores["lambada"] = lambada_scores(model, encoding, tasks["lambada"])
+    if model.saes():
+        scores["codes"] = code_scores(model, windows[:32])
+    return scores
+
+
+def report(scores, directory):
+    """Print scores and write them to directory/evals.json."""
     for name, values in scores.items():
         if name != "codes":
             print(f"{name}: " + ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items()))
@@ -235,7 +236,29 @@ def main():
         print(f"layer {layer}: " + ", ".join(f"{key} {values[key]:.4g}" for key in ("explained", "loss_dense", "loss_zero")))
         for level, row in enumerate(values["levels"]):
             print(f"  level {level}: active {row['active']:.4g}, dead {row['dead']}, rare {row['rare']}, norm share {row['norm_share']:.3f}")
-    write_json(os.path.join(os.path.dirname(ckpt) or ".", "evals.json"), scores)
+    write_json(os.path.join(directory, "evals.json"), scores)
+
+
+def main():
+    configure(globals())
+    target = pick_device(device)
+    model, config = load_model(ckpt, target)
+    encoding = get_tokenizer(config["tokenizer"])
+    tasks = load_tasks(encoding, model.config.block_size)
+    split = Windows(data_dir or config["data_dir"], "val", model.config.block_size)
+    if split.meta["tokenizer"] != config["tokenizer"]:
+        raise ValueError(f"{data_dir}: its tokenizer is {split.meta['tokenizer']!r} and the checkpoint's {config['tokenizer']!r}")
+    other = None
+    if vs:
+        other, other_config = load_model(vs, target)
+        if other_config["tokenizer"] != config["tokenizer"] or other.config.block_size != model.config.block_size:
+            raise ValueError(f"{vs}: it has another tokenizer or block_size than {ckpt}, so losses can't be paired")
+    windows = val_windows(split)
+    scores = evaluate(model, encoding, windows, tasks)
+    if other:
+        difference, error = mean_and_error(np.subtract(window_losses(model, windows), window_losses(other, windows)))
+        scores["vs"] = {"checkpoint": vs, "loss_difference": difference, "standard_error": error}
+    report(scores, os.path.dirname(ckpt) or ".")
 
 
 if __name__ == "__main__":

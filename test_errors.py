@@ -37,6 +37,8 @@ TRAIN = [
     (dict(cayley_levels="5,4,0;8,4,12"), ["'8,4,12'", "power of two"]),
     (dict(init_from="resume"), ["last.pt: no such checkpoint"]),
     (dict(wandb_log=True), ["wandb"]),
+    (dict(final_evals=True, final_evals_args="--lambada=nothing.jsonl"), ["nothing.jsonl: no such file"]),
+    (dict(final_evals=True, final_evals_args="--lambda=hub"), ["'lambda'", "'lambada'"]),
 ]
 SAMPLE = [
     (["--ckpt=nothing.pt"], ["nothing.pt: no such checkpoint"]),
@@ -74,6 +76,11 @@ EVALS = [
     (["--data_dir=nowhere"], ["nowhere/meta.json is missing"]),
     (["--vs=nothing.pt"], ["nothing.pt: no such checkpoint"]),
     (["--lambada=" + str(ROOT / "README.md")], ["README.md: not a .jsonl file"]),
+]
+TAX = [
+    (["--config=nothing.py"], ["nothing.py: no such config"]),
+    (["--seeds=0"], ["seeds=0", "at least 1"]),
+    (["--variant=k 4: cayley_levels"], ["'cayley_levels'", "key=value"]),
 ]
 BENCH = [(["--section=speed"], ["section='speed'", "layer"]), (["--dtype=fp8"], ["dtype='fp8'", "'bf16'"])]
 CONFIG = [("n_layer = 'two'", ["n_layer='two' must be int"]), ("n_layer = (", ["config", "never closed"]),
@@ -120,9 +127,9 @@ def test_sample_and_evals(fails, trained, script, arguments, words):
 
 
 @pytest.mark.parametrize("script, arguments, words", [("prepare_fineweb.py", *row) for row in PREPARE] +
-                         [("bench.py", *row) for row in BENCH], ids=lambda value: str(value))
+                         [("bench.py", *row) for row in BENCH] + [("tax.py", *row) for row in TAX], ids=lambda value: str(value))
 def test_other_scripts(fails, tmp_path, script, arguments, words):
-    extra = [f"--out={tmp_path / 'bins'}"] if script == "prepare_fineweb.py" else []
+    extra = {"prepare_fineweb.py": [f"--out={tmp_path / 'bins'}"], "tax.py": [f"--config={ROOT / 'configs/demo.py'}"]}.get(script, [])
     assert not words_in(fails(script, *extra, *arguments), words)
 
 

@@ -1,14 +1,12 @@
 """evals.py against independent computations."""
 import json
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT
+from conftest import ROOT, run_script, run_training
 from evals import code_scores, continuation_scores, hellaswag_scores, lambada_scores, loss_scores, mean_and_error, window_losses
 from model import GPT, GPTConfig
 from prepare_fineweb import get_tokenizer
@@ -109,10 +107,20 @@ def test_the_script_and_the_paired_comparison(trained, data_dir, tmp_path):
     ckpt.write_bytes((trained / "ckpt.pt").read_bytes())
     (tmp_path / "text.txt").write_text("Some text to score. " * 20)
     (tmp_path / "lambada.jsonl").write_text('{"text": "one two three"}\n{"text": "four five six"}\n')
-    run = subprocess.run([sys.executable, ROOT / "evals.py", f"--ckpt={ckpt}", f"--vs={trained / 'last.pt'}", "--n_windows=16",
-                          f"--ppl={tmp_path / 'text.txt'}", f"--lambada={tmp_path / 'lambada.jsonl'}", "--device=cpu"],
-                         capture_output=True, text=True)
+    run = run_script(ROOT / "evals.py", f"--ckpt={ckpt}", f"--vs={trained / 'last.pt'}", "--n_windows=16", "--device=cpu",
+                     f"--ppl={tmp_path / 'text.txt'}", f"--lambada={tmp_path / 'lambada.jsonl'}")
     assert run.returncode == 0, run.stderr
     scores = json.loads((tmp_path / "evals.json").read_text())
     assert set(scores) == {"val", "text", "lambada", "codes", "vs"} and scores["lambada"]["items"] == 2
     assert scores["vs"]["loss_difference"] == 0 and len(scores["codes"]["layers"]) == 2  # best and last are the same weights here
+
+
+def test_training_ends_with_evals(trained, data_dir, tmp_path):
+    (tmp_path / "lambada.jsonl").write_text('{"text": "one two three"}\n')
+    args = f"--n_windows=16 --lambada={tmp_path / 'lambada.jsonl'}"
+    run = run_training(data_dir, tmp_path / "run", max_iters=2, eval_interval=2, final_evals=True, final_evals_args=args)
+    assert run.returncode == 0, run.stderr
+    scores = json.loads((tmp_path / "run" / "evals.json").read_text())
+    assert scores["lambada"]["items"] == 1 and f"lambada: accuracy {scores['lambada']['accuracy']:.4g}" in run.stdout
+    again = run_script(ROOT / "evals.py", f"--ckpt={tmp_path / 'run' / 'last.pt'}", *args.split())  # the same by hand
+    assert again.returncode == 0 and json.loads((tmp_path / "run" / "evals.json").read_text()) == scores

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from configurator import configure, fail
 from model import GPT, GPTConfig, code_statistics, explained, first_nonfinite, load_checkpoint, pick_device
 from muon import MuonAdamW
-from prepare_fineweb import Windows, write_json
+from prepare_fineweb import Windows, get_tokenizer, write_json
 
 # -----------------------------------------------------------------------------
 # settings: a config file and then --key=value override them, see configurator.py
@@ -39,6 +39,8 @@ init_from = "scratch"  # or "resume": from out_dir/last.pt
 eval_interval = 250  # iterations between evaluations; each also writes last.pt
 eval_iters = 64  # micro-batches of the fixed validation set, over all ranks
 log_interval = 10  # iterations between log lines
+final_evals = False  # evals.py's scores of the last weights, to out_dir/evals.json
+final_evals_args = ""  # evals.py's settings, as "--hellaswag=hub --lambada=lambada.jsonl"
 wandb_log = False
 wandb_project = "cayley-gpt"
 # batches: tokens per iteration = gradient_accumulation_steps * batch_size * block_size
@@ -280,6 +282,11 @@ def main():
         raise ValueError(f"vocab_size={vocab_size} is below the {train_windows.meta['vocab_size']} of {data_dir}'s tokenizer "
                          f"{train_windows.meta['tokenizer']!r}")
     config["tokenizer"], config["tokenizer_vocab_size"] = train_windows.meta["tokenizer"], train_windows.meta["vocab_size"]
+    if final_evals:  # what it needs is missed now, not after hours
+        import evals
+        configure(vars(evals), final_evals_args.split())
+        encoding = get_tokenizer(config["tokenizer"])
+        tasks = evals.load_tasks(encoding, block_size)
     raw_model = GPT(GPTConfig(**model_args)).to(ranks.device)
     optimizer = MuonAdamW(raw_model, muon_lr, adamw_lr, momentum, (beta1, beta2), weight_decay)
     it, windows_read, evaluated, best_val_loss = 0, 0, -1, math.inf  # evaluated: the last iteration with an evaluation
@@ -409,6 +416,9 @@ def main():
             if master:
                 print(f"stopped after iteration {it - 1}: {last} is written, go on with --init_from=resume")
             break
+    if final_evals and master and it == max_iters:
+        with autocast:
+            evals.report(evals.evaluate(raw_model.eval(), encoding, evals.val_windows(val_windows), tasks), out_dir)
     if master and log.wandb:
         log.wandb.finish()
     if dist.is_initialized():
