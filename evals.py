@@ -167,7 +167,7 @@ def code_scores(model, windows):
     counts = [[torch.zeros(2**level.n, dtype=torch.int64) for level in sae.levels] for sae in saes]
     norms = torch.zeros(len(saes), len(saes[0].levels), dtype=torch.float64)
     for part in parts:
-        for layer, codes in enumerate(model.run_with_codes(part)[1]):
+        for layer, codes in enumerate(model.run_with_codes(part, n_logits=1)[1]):
             for level, code in enumerate(codes):
                 counts[layer][level] += code.ids.cpu().flatten().bincount(minlength=2 ** saes[layer].levels[level].n)
                 alone = [c if i == level else type(c)(c.ids, torch.zeros_like(c.values)) for i, c in enumerate(codes)]

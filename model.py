@@ -149,15 +149,20 @@ class GPT(nn.Module):
         logits = self.lm_head(self.ln_f(x))  # (B, T, V)
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
-    def run_with_codes(self, idx):
-        """idx (B, T) -> logits (B, T, V), and per layer the codes that its MLP read: a list of Codes per level."""
+    def run_with_codes(self, idx, n_logits=None):
+        """
+        idx (B, T) -> logits (B, T, V), or of the last n_logits positions, and per layer the codes that its MLP read, a
+        list of Codes per level. Raises ValueError for the dense twin.
+        """
+        if not self.saes():
+            raise ValueError("the dense twin has no codes: cayley_levels is ''")
         codes = []
         x = self.wte(idx) + self.wpe(torch.arange(idx.shape[1], device=idx.device))  # (B, T, C)
         for block in self.blocks:
             x = x + block.attn(block.ln_1(x))
             codes.append(block.sae.edit(block.sae.encode(block.ln_2(x)), block.sae.edits))
             x = x + block.mlp(block.sae.decode(codes[-1]))
-        return self.lm_head(self.ln_f(x)), codes
+        return self.lm_head(self.ln_f(x[:, -n_logits:] if n_logits else x)), codes
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, use_cache=True, n_tokens=None, generator=None):
