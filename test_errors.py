@@ -77,6 +77,16 @@ EVALS = [
     (["--vs=nothing.pt"], ["nothing.pt: no such checkpoint"]),
     (["--lambada=" + str(ROOT / "README.md")], ["README.md: not a .jsonl file"]),
 ]
+FEATURES = [
+    (["--tokens=0"], ["tokens=0", "at least 1"]),
+    (["--text=nothing.txt"], ["nothing.txt: no such file"]),
+    (["--data=nowhere"], ["nowhere/meta.json is missing"]),
+    (["--out=" + str(ROOT / "configs")], ["configs is there already", "another --out"]),
+]
+EXPORT = [
+    (["--format=onnx"], ["format='onnx'", "saelens"]),
+    (["--out=" + str(ROOT / "configs")], ["configs is there already", "another --out"]),
+]
 TAX = [
     (["--config=nothing.py"], ["nothing.py: no such config"]),
     (["--seeds=0"], ["seeds=0", "at least 1"]),
@@ -120,14 +130,15 @@ def test_config_file(fails, tmp_path, text, words):
 
 
 @pytest.mark.parametrize("script, arguments, words", [("sample.py", *row) for row in SAMPLE] +
-                         [("evals.py", *row) for row in EVALS], ids=lambda value: str(value))
-def test_sample_and_evals(fails, trained, script, arguments, words):
+                         [("evals.py", *row) for row in EVALS] + [("features.py", *row) for row in FEATURES], ids=lambda value: str(value))
+def test_scripts_that_read_a_checkpoint(fails, trained, script, arguments, words):
     assert not words_in(fails(script, f"--ckpt={trained / 'ckpt.pt'}", "--device=cpu", *arguments), words)
     assert not (trained / "evals.json").exists()
 
 
 @pytest.mark.parametrize("script, arguments, words", [("prepare_fineweb.py", *row) for row in PREPARE] +
-                         [("bench.py", *row) for row in BENCH] + [("tax.py", *row) for row in TAX], ids=lambda value: str(value))
+                         [("bench.py", *row) for row in BENCH] + [("tax.py", *row) for row in TAX] +
+                         [("export.py", *row) for row in EXPORT], ids=lambda value: str(value))
 def test_other_scripts(fails, tmp_path, script, arguments, words):
     extra = {"prepare_fineweb.py": [f"--out={tmp_path / 'bins'}"], "tax.py": [f"--config={ROOT / 'configs/demo.py'}"]}.get(script, [])
     assert not words_in(fails(script, *extra, *arguments), words)

@@ -105,8 +105,8 @@ class Browser:
         session = self.call("", {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}}})
         self.base += "/" + session["sessionId"]
 
-    def call(self, path, body):
-        request = urllib.request.Request(self.base + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    def call(self, path, body, method="POST"):
+        request = urllib.request.Request(self.base + path, json.dumps(body).encode(), {"Content-Type": "application/json"}, method=method)
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as reply:
             return json.load(reply)["value"]
 
@@ -136,7 +136,7 @@ def browser():
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         browser = Browser(profile)
         yield browser
-        browser.call("/actions", {"actions": []})
+        browser.call("", {}, "DELETE")
         browser.driver.terminate()
         browser.driver.wait()
 
