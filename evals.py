@@ -5,16 +5,17 @@ Scores a checkpoint: val loss, perplexity, HellaSwag, LAMBADA, and the state of 
     python evals.py --ckpt ckpt.pt --ppl=text.txt --hellaswag=hub --lambada=hub
     python evals.py --ckpt ckpt.pt --hellaswag=val.jsonl --lambada=test.jsonl --vs=other.pt
 
-Prints the scores and writes them to evals.json beside the checkpoint; train.py --final_evals does so at its end. Conventions: losses are nats per token, with the
-standard error over windows; bits per byte count no byte for end of text; HellaSwag takes the ending of the largest
-log-probability per character, as lm-evaluation-harness' acc_norm; LAMBADA asks for every token of the last word to be the
-most likely one. A feature is rare below one activation in 10,000 tokens; explained is about the mean at the best scale.
-loss_dense and loss_zero are the val losses when one layer's MLP reads its dense input, or zero, instead of its code, in
-the same weights.
+Prints the scores and writes them to evals.json beside the checkpoint; train.py --final_evals does so at its end.
+Conventions: losses are nats per token, with the standard error over windows; bits per byte count no byte for end of text;
+HellaSwag takes the ending of the largest log-probability per character, as lm-evaluation-harness' acc_norm; LAMBADA asks
+for every token of the last word to be the most likely one. A feature is rare below one activation in 10,000 tokens;
+explained is about the mean at the best scale. loss_dense and loss_zero are the val losses when one layer's MLP reads its
+dense input, or zero, instead of its code, in the same weights.
 """
 import json
 import math
 import os
+import re
 
 import numpy as np
 import torch
@@ -63,7 +64,8 @@ def window_losses(model, windows):
 def loss_scores(model, windows, encoding):
     """loss, its standard error, perplexity and bits per byte of windows."""
     loss, error = mean_and_error(window_losses(model, windows))
-    lengths = np.array([len(encoding.decode_single_token_bytes(i)) if i != encoding.eot_token else 0 for i in range(encoding.n_vocab)])
+    lengths = np.array([len(encoding.decode_single_token_bytes(i)) if i != encoding.eot_token else 0
+                        for i in range(encoding.n_vocab)])
     n_bytes = lengths[windows[:, 1:]].sum()
     return {"loss": loss, "standard_error": error, "perplexity": math.exp(loss),
             "bits_per_byte": loss * windows[:, 1:].size / n_bytes / math.log(2)}
@@ -120,11 +122,20 @@ def json_rows(path, dataset, split, fields):
     return rows if not limit else [rows[i] for i in range(min(limit, len(rows)))]
 
 
+def hellaswag_text(row):
+    """Context and endings of a row, without WikiHow's bracketed artefacts, as lm-evaluation-harness prepares them."""
+    context = row["ctx"]
+    if "activity_label" in row:
+        start = f"{row['ctx_a']} {row['ctx_b'].capitalize()}" if "ctx_b" in row else context
+        context = f"{row['activity_label']}: {start}"
+    return [re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ") for text in (context, *row["endings"])]
+
+
 def hellaswag_scores(model, encoding, rows):
     pairs, lengths = [], []
     for row in rows:
-        context = row["ctx"] if "activity_label" not in row else f"{row['activity_label']}: {row['ctx']}"
-        for ending in row["endings"]:
+        context, *endings = hellaswag_text(row)
+        for ending in endings:
             pairs.append(([encoding.eot_token] + encoding.encode_ordinary(context), encoding.encode_ordinary(" " + ending)))
             lengths.append(len(ending))
     log_probs = np.array([score for score, _ in continuation_scores(model, pairs)]).reshape(-1, 4)
@@ -194,7 +205,8 @@ def code_scores(model, windows):
 def load_tasks(encoding, block_size):
     """What the settings ask for, read at once, so that what is missing is reported before anything runs: {name: data}."""
     if batch_size < 1 or n_windows < 2 or limit < 0:
-        raise ValueError(f"batch_size={batch_size} must be at least 1, n_windows={n_windows} at least 2 and limit={limit} not negative")
+        raise ValueError(f"batch_size={batch_size} must be at least 1, n_windows={n_windows} at least 2 and limit={limit} "
+                         "not negative")
     for path in (ppl, hellaswag, lambada):
         if path and path != "hub" and not os.path.isfile(path):
             raise ValueError(f"{path}: no such file")
@@ -231,11 +243,13 @@ def report(scores, directory):
     """Print scores and write them to directory/evals.json."""
     for name, values in scores.items():
         if name != "codes":
-            print(f"{name}: " + ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items()))
+            print(f"{name}: " + ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+                                          for key, value in values.items()))
     for layer, values in enumerate(scores.get("codes", {"layers": []})["layers"]):
         print(f"layer {layer}: " + ", ".join(f"{key} {values[key]:.4g}" for key in ("explained", "loss_dense", "loss_zero")))
         for level, row in enumerate(values["levels"]):
-            print(f"  level {level}: active {row['active']:.4g}, dead {row['dead']}, rare {row['rare']}, norm share {row['norm_share']:.3f}")
+            print(f"  level {level}: active {row['active']:.4g}, dead {row['dead']}, rare {row['rare']}, "
+                  f"norm share {row['norm_share']:.3f}")
     write_json(os.path.join(directory, "evals.json"), scores)
 
 

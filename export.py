@@ -70,7 +70,8 @@ def export_saelens(model, directory, agreement):
             save_file(saelens_tensors(sae, level), os.path.join(path, "sae_weights.safetensors"))
             gated = sae.plan[3 * level + 2] < n
             metadata = {"sae_lens_version": "6.0.0", "hook_name": f"blocks.{layer}.ln_2", "model_class_name": "GPT of model.py",
-                        "checkpoint": os.path.abspath(ckpt), "gate": "not expressed: the k largest of all features are taken" if gated else "none"}
+                        "checkpoint": os.path.abspath(ckpt),
+                        "gate": "not expressed: the k largest of all features are taken" if gated else "none"}
             if gated and agreement:
                 metadata["active_features_in_common"] = agreement[layer][level]
             write_json(os.path.join(path, "cfg.json"), {

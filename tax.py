@@ -36,7 +36,7 @@ seeds = 1  # runs of each setting, with different weights and batches
 jobs = 1  # runs at a time, sharing the cores
 out_dir = "out/tax"
 ablation = False  # the table below, at its own size, instead of config and variant
-long = False  # the ablation's few settings at four times its length
+long = False  # the ablation's few settings at three times its length
 
 ABLATION_SIZE = ["n_layer=2", "n_embd=256", "n_head=4", "block_size=128", "batch_size=8", "gradient_accumulation_steps=1",
                  "max_iters=250", "warmup_iters=20", "eval_interval=50", "eval_iters=32"]
@@ -59,7 +59,6 @@ ABLATION = {
     "no repeats of parents": BASE + " repeats=False",
     "by absolute value": BASE + " absolute=True",
     "leaves weigh 1/2": BASE + " leaf_weight=0.5",
-    "leaves weigh 1/4": BASE + " leaf_weight=0.25",
 }
 LONG = ["two levels, 8 + 16 of 256 + 4,096", "level 0 alone, 24 active", "no repeats of parents", "leaves weigh 1/2"]
 
@@ -93,34 +92,38 @@ class AblatedSAE(CayleySAE):
         codes, left = [], x
         for i, (level, where) in enumerate(zip(self.levels, self.level_slices)):
             atoms, m = getattr(self, f"atoms_{i}"), self.plan[3 * i + 2]
-            raw = left @ atoms.T  # (..., 2^n)
-            mean, std = self.mean[where], self.var[where].clamp_min(self.min_var).sqrt()
-            score = ((raw - mean) / std if self.score_standardize else raw) + self.bias[where]
-            value = ((raw - mean) / std if self.forward_standardized else raw) + self.bias[where]
-            rank = score.detach().abs() if self.absolute else score.detach()
-            if m < level.n:
-                opened = torch.zeros(*x.shape[:-1], 2 ** (level.n - m), dtype=torch.bool, device=x.device)
-                opened.scatter_(-1, codes[-1].ids >> (self.levels[i - 1].n + m - level.n), True)
-                rank = rank.masked_fill(~opened.repeat_interleave(2**m, -1), -math.inf)
-            if i > 0 and not self.repeats:
-                rank = rank.clone()
-                rank[..., ::2 ** (level.n - self.levels[i - 1].n)] = -math.inf
-            ids = rank.topk(level.k).indices
-            values = value.gather(-1, ids) * (self.leaf_weight if i else 1)
-            codes.append(Codes(ids, values))
-            if self.training:
-                with torch.no_grad():
-                    self.pending_raw[:, where] += torch.stack([raw, raw * raw]).flatten(1, -2).sum(1)
+            mean, std, bias = self.mean[where], self.var[where].clamp_min(self.min_var).sqrt(), self.bias[where]
+            with torch.no_grad():
+                raw = left @ atoms.T  # (..., 2^n)
+                score = ((raw - mean) / std if self.score_standardize else raw) + bias
+                rank = score.abs() if self.absolute else score
+                if m < level.n:
+                    opened = torch.zeros(*x.shape[:-1], 2 ** (level.n - m), dtype=torch.bool, device=x.device)
+                    opened.scatter_(-1, codes[-1].ids >> (self.levels[i - 1].n + m - level.n), True)
+                    rank = rank.unflatten(-1, (-1, 2**m)).masked_fill(~opened.unsqueeze(-1), -math.inf).flatten(-2)
+                if i > 0 and not self.repeats:
+                    rank[..., ::2 ** (level.n - self.levels[i - 1].n)] = -math.inf
+                ids = rank.topk(level.k).indices
+                if self.training:
+                    some = raw[..., ::self.stats_stride, :].flatten(0, -2)
+                    self.pending_raw[:, where] += torch.stack([some.sum(0), some.square().sum(0)])
                     self.pending_counts[where] += ids.flatten().bincount(minlength=2**level.n)
+            raw = (atoms[ids] @ left.unsqueeze(-1)).squeeze(-1)  # of the active, with their gradient
+            values = ((raw - mean[ids]) / std[ids] if self.forward_standardized else raw) + bias[ids]
+            codes.append(Codes(ids, values * (self.leaf_weight if i else 1)))
             if self.residual:  # in raw units
-                left = left - torch.zeros_like(raw).scatter(-1, ids, raw.gather(-1, ids)) @ atoms
+                left = left - self._sum(i, ids, raw)
         if self.training:
-            self.pending_rows += x[..., 0].numel()
+            self.pending_rows += x[..., ::self.stats_stride, 0].numel()
         return codes
 
+    def _sum(self, level, ids, values):
+        flat = torch.nn.functional.embedding_bag(ids.flatten(0, -2), getattr(self, f"atoms_{level}"), mode="sum",
+                                                 per_sample_weights=values.flatten(0, -2))
+        return flat.view(*ids.shape[:-1], self.n_embd)
+
     def decode(self, codes):
-        return sum((torch.zeros(*c.ids.shape[:-1], len(getattr(self, f"atoms_{i}")), dtype=c.values.dtype, device=c.values.device)
-                    .scatter(-1, c.ids, c.values) @ getattr(self, f"atoms_{i}") for i, c in enumerate(codes)))
+        return sum(self._sum(i, c.ids, c.values) for i, c in enumerate(codes))
 
     @torch.no_grad()
     def update_stats(self):
@@ -225,7 +228,8 @@ def chart(curves):
         tokens, loss = x1 * i / 5, y0 + (y1 - y0) * i / 5
         (x, _), (_, y) = place(tokens, y0), place(0, loss)
         parts.append(f'<line x1="{left}" x2="{width - 200}" y1="{y:.1f}" y2="{y:.1f}"/><text x="{left - 8}" y="{y + 4:.1f}" '
-                     f'text-anchor="end">{loss:.2f}</text><text x="{x:.1f}" y="{height - 32}" text-anchor="middle">{tokens / 1e6:.3g}M</text>')
+                     f'text-anchor="end">{loss:.2f}</text><text x="{x:.1f}" y="{height - 32}" '
+                     f'text-anchor="middle">{tokens / 1e6:.3g}M</text>')
     for i, (name, curve) in enumerate(mean.items()):
         colour = f"hsl({i * 360 / len(mean):.0f} 65% 48%)"
         points = " ".join("{:.1f},{:.1f}".format(*place(*row)) for row in curve[1:])
@@ -253,7 +257,7 @@ def main():
         raise ValueError(f"{config}: no such config")
     settings, common = {"dense": "cayley_levels="}, list(train_settings)
     if ablation:
-        common = ABLATION_SIZE + ["max_iters=1000", "eval_interval=100"] * long + common
+        common = ABLATION_SIZE + ["max_iters=750"] * long + common
         settings |= {name: ABLATION[name] for name in (LONG if long else ABLATION)}
     else:
         settings |= dict(text.partition(":")[::2] for text in variant) or {"cayley": ""}

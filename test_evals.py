@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from conftest import ROOT, run_script, run_training
-from evals import code_scores, continuation_scores, hellaswag_scores, lambada_scores, loss_scores, mean_and_error, window_losses
+from evals import (code_scores, continuation_scores, hellaswag_scores, hellaswag_text, lambada_scores, loss_scores,
+                   mean_and_error, window_losses)
 from model import GPT, GPTConfig
 from prepare_fineweb import get_tokenizer
 
@@ -53,6 +54,13 @@ def test_hellaswag_takes_the_ending_of_largest_log_probability_per_character(mod
         values = [log_probability(model, context, list((" " + ending).encode())) / len(ending) for ending in row["endings"]]
         correct.append(int(np.argmax(values)) == row["label"])
     assert hellaswag_scores(model, ENCODING, rows)["accuracy"] == pytest.approx(np.mean(correct))
+
+
+def test_hellaswag_rows_of_the_hub_are_cleaned():
+    row = {"activity_label": "Baking", "ctx_a": "[header] How to bake [title] Mix.", "ctx_b": "then you", "ctx": "unused",
+           "endings": ["stir  it. [substeps] Wait.", "go", "run", "sit"]}
+    assert hellaswag_text(row) == ["Baking: How to bake. Mix. Then you", "stir it. Wait.", "go", "run", "sit"]
+    assert hellaswag_text({"ctx": "Baking: Mix. then you", "endings": ["stir", "b", "c", "d"]})[:2] == ["Baking: Mix. then you", "stir"]
 
 
 def test_an_untrained_model_is_at_chance(model):

@@ -69,7 +69,8 @@ def test_saelens_loads_and_encodes_alike(trained, exported):
     loaded = [SAE.load_from_disk(str(exported / "saelens" / f"layer_0_level_{level}")) for level in (0, 1)]
     expected = dense_codes(codes[0], 32).relu()
     torch.testing.assert_close(loaded[0].encode(x), expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(loaded[0].decode(loaded[0].encode(x)), expected @ model.blocks[0].sae.atoms(0, range(32)), rtol=1e-4, atol=1e-4)
+    read = expected @ model.blocks[0].sae.atoms(0, range(32))
+    torch.testing.assert_close(loaded[0].decode(loaded[0].encode(x)), read, rtol=1e-4, atol=1e-4)
     theirs, ours = loaded[1].encode(x), dense_codes(codes[1], 256).relu()
     both = (theirs > 0) & (ours > 0)
     torch.testing.assert_close(theirs[both], ours[both], rtol=1e-4, atol=1e-4)

@@ -55,7 +55,8 @@ def test_counts_contexts_and_neighbours_are_those_of_the_codes(model):
             for feature in np.flatnonzero(reader.counts)[::7]:
                 window, position = divmod(reader.refs[feature, 0], 16)
                 assert codes[window, position, feature] == pytest.approx(per_window[:, feature].max())
-                near = [codes[window, p, feature] if 0 <= p < 16 else 0 for p in range(position - features.BEFORE, position + features.AFTER + 1)]
+                around = range(position - features.BEFORE, position + features.AFTER + 1)
+                near = [codes[window, p, feature] if 0 <= p < 16 else 0 for p in around]
                 np.testing.assert_allclose(reader.shades[feature, 0].astype(float), near, atol=5e-3)
                 window, position = divmod(reader.random.refs[feature, 0], 16)
                 other = per_level[1 - reader.level][window, position]

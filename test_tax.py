@@ -23,9 +23,13 @@ def options(monkeypatch):
 def test_the_plain_layer_without_options_is_the_real_one(switches):
     torch.manual_seed(0)
     plain, real = tax.AblatedSAE(64, "6,8,0;9,16,32", *switches), CayleySAE(64, "6,8,0;9,16,32", *switches)
+    plain.stats_stride = 1
     for step in range(3):
         x = torch.nn.functional.rms_norm(torch.randn(10, 64) * torch.linspace(0.2, 3, 64), (64,))  # 2D: all rows count
-        torch.testing.assert_close(plain(x), real(x), atol=1e-4, rtol=1e-4)
+        x.requires_grad_()
+        outputs = plain(x), real(x)
+        torch.testing.assert_close(*outputs, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), x)[0] for y in outputs), atol=1e-3, rtol=1e-3)
         for sae in (plain, real):
             sae.update_stats()
     torch.testing.assert_close(plain.active_counts, real.active_counts)
