@@ -10,7 +10,8 @@ Conventions: losses are nats per token, with the standard error over windows; bi
 HellaSwag takes the ending of the largest log-probability per character, as lm-evaluation-harness' acc_norm; LAMBADA asks
 for every token of the last word to be the most likely one. A feature is rare below one activation in 10,000 tokens;
 explained is about the mean at the best scale. loss_dense and loss_zero are the val losses when one layer's MLP reads its
-dense input, or zero, instead of its code, in the same weights.
+dense input, or zero, instead of its code, in the same weights; loss_recovered = (loss_zero - loss) / (loss_zero -
+loss_dense), SAELens' ce_loss_score. It can be above 1: the MLP was trained on codes, not on the dense input.
 """
 import json
 import math
@@ -171,7 +172,7 @@ class Replaced(nn.Module):
 
 @torch.no_grad()
 def code_scores(model, windows):
-    """Per layer: explained, loss_dense, loss_zero, and per level the numbers of the module's docstring."""
+    """Per layer: explained, loss_dense, loss_zero, loss_recovered, and per level the numbers of the module's docstring."""
     saes, layers = model.saes(), []
     parts = torch.from_numpy(windows[:, :-1]).to(model.wte.weight.device).split(batch_size)
     statistics = sum(code_statistics(model, part) for part in parts)  # (layers, 3 + levels)
@@ -183,12 +184,15 @@ def code_scores(model, windows):
                 counts[layer][level] += code.ids.cpu().flatten().bincount(minlength=2 ** saes[layer].levels[level].n)
                 alone = [c if i == level else type(c)(c.ids, torch.zeros_like(c.values)) for i, c in enumerate(codes)]
                 norms[layer, level] += saes[layer].decode(alone).norm(dim=-1).double().mean().cpu() / len(parts)
+    loss = mean_and_error(window_losses(model, windows))[0]
     for i, sae in enumerate(saes):
         losses = {}
         for name, scale in (("loss_dense", 1.0), ("loss_zero", 0.0)):
             model.blocks[i].sae = Replaced(scale)
             losses[name] = mean_and_error(window_losses(model, windows))[0]
         model.blocks[i].sae = sae
+        gain = losses["loss_zero"] - losses["loss_dense"]
+        losses["loss_recovered"] = (losses["loss_zero"] - loss) / gain if gain else math.nan
         levels = []
         for level, count in enumerate(counts[i]):
             frequency = count.numpy() / (windows.shape[0] * (windows.shape[1] - 1))
@@ -246,7 +250,7 @@ def report(scores, directory):
             print(f"{name}: " + ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
                                           for key, value in values.items()))
     for layer, values in enumerate(scores.get("codes", {"layers": []})["layers"]):
-        print(f"layer {layer}: " + ", ".join(f"{key} {values[key]:.4g}" for key in ("explained", "loss_dense", "loss_zero")))
+        print(f"layer {layer}: " + ", ".join(f"{key} {value:.4g}" for key, value in values.items() if key != "levels"))
         for level, row in enumerate(values["levels"]):
             print(f"  level {level}: active {row['active']:.4g}, dead {row['dead']}, rare {row['rare']}, "
                   f"norm share {row['norm_share']:.3f}")

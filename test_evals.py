@@ -105,7 +105,9 @@ def test_code_scores_of_layers_whose_state_is_known(model):
     loss = np.mean(window_losses(model, windows))
     layers = code_scores(model, windows)["layers"]
     assert layers[1]["loss_dense"] == pytest.approx(loss) == layers[1]["loss_zero"]
-    assert abs(layers[0]["loss_zero"] - loss) > 1e-3
+    assert abs(layers[0]["loss_zero"] - loss) > 1e-3 and math.isnan(layers[1]["loss_recovered"])
+    zero, dense = layers[0]["loss_zero"], layers[0]["loss_dense"]
+    assert layers[0]["loss_recovered"] == pytest.approx((zero - loss) / (zero - dense))
     assert layers[0]["levels"][0]["frequency_histogram"][-1] >= 1
     assert np.mean(window_losses(model, windows)) == pytest.approx(loss)  # the code is back in its place
 
