@@ -10,7 +10,7 @@ demo: .venv/installed
 	.venv/bin/python sample.py --ckpt out/demo/ckpt.pt --num_samples=2 --device=cpu
 
 test: .venv/installed
-	.venv/bin/python -m pytest -q
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist worksteal  # two tests at a time, of one thread each
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -36,7 +36,7 @@ seeds = 1  # runs of each setting, with different weights and batches
 jobs = 1  # runs at a time, sharing the cores
 out_dir = "out/tax"
 ablation = False  # the table below, at its own size, instead of config and variant
-long = False  # the ablation's few settings at three times its length
+long = False  # the ablation's few settings at twice its length
 
 ABLATION_SIZE = ["n_layer=2", "n_embd=256", "n_head=4", "block_size=128", "batch_size=8", "gradient_accumulation_steps=1",
                  "max_iters=250", "warmup_iters=20", "eval_interval=50", "eval_iters=32"]
@@ -60,7 +60,7 @@ ABLATION = {
     "by absolute value": BASE + " absolute=True",
     "leaves weigh 1/2": BASE + " leaf_weight=0.5",
 }
-LONG = ["two levels, 8 + 16 of 256 + 4,096", "level 0 alone, 24 active", "no repeats of parents", "leaves weigh 1/2"]
+LONG = ["two levels, 8 + 16 of 256 + 4,096", "level 0 alone, 24 active", "raw scores, raw codes", "no repeats of parents"]
 
 
 class AblatedSAE(CayleySAE):
@@ -257,7 +257,7 @@ def main():
         raise ValueError(f"{config}: no such config")
     settings, common = {"dense": "cayley_levels="}, list(train_settings)
     if ablation:
-        common = ABLATION_SIZE + ["max_iters=750"] * long + common
+        common = ABLATION_SIZE + ["max_iters=500"] * long + common
         settings |= {name: ABLATION[name] for name in (LONG if long else ABLATION)}
     else:
         settings |= dict(text.partition(":")[::2] for text in variant) or {"cayley": ""}

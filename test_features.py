@@ -63,6 +63,7 @@ def test_counts_contexts_and_neighbours_are_those_of_the_codes(model):
                 assert set(reader.beside[feature, 0]) == set(np.flatnonzero(other))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own use of it in jvp
 def test_logit_effects_are_the_derivative_where_gelu_is_at_its_slopes(model):
     """On a single token the mean slopes are that token's, so the effect is the derivative through the block's MLP."""
     _, slopes = features.read(model, np.array([[65]]))
