@@ -234,7 +234,7 @@ def chart(curves):
         colour = f"hsl({i * 360 / len(mean):.0f} 65% 48%)"
         points = " ".join("{:.1f},{:.1f}".format(*place(*row)) for row in curve[1:])
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/><text x="{width - 190}" '
-                     f'y="{top + 12 + 16 * i}" style="fill:{colour}">{escape(name[:30])}</text>')
+                     f'y="{top + 12 + 16 * i}" style="fill:{colour}">{escape(name[:34])}</text>')
     parts.append(f'<text x="{left}" y="{height - 10}">tokens; val loss in nats per token</text></svg>')
     return "\n".join(parts)
 
