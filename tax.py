@@ -60,7 +60,8 @@ ABLATION = {
     "by absolute value": BASE + " absolute=True",
     "leaves weigh 1/2": BASE + " leaf_weight=0.5",
 }
-LONG = ["two levels, 8 + 16 of 256 + 4,096", "level 0 alone, 24 active", "raw scores, raw codes", "no repeats of parents"]
+LONG = ["two levels, 8 + 16 of 256 + 4,096", "level 0 alone, 24 active", "raw scores, raw codes", "no repeats of parents",
+        "no gate", "residual of the level above", "leaves weigh 1/2"]
 
 
 class AblatedSAE(CayleySAE):
