@@ -265,7 +265,7 @@ def main():
     tasks = load_tasks(encoding, model.config.block_size)
     split = Windows(data_dir or config["data_dir"], "val", model.config.block_size)
     if split.meta["tokenizer"] != config["tokenizer"]:
-        raise ValueError(f"{data_dir}: its tokenizer is {split.meta['tokenizer']!r} and the checkpoint's {config['tokenizer']!r}")
+        raise ValueError(f"{data_dir or config['data_dir']}: its tokenizer is {split.meta['tokenizer']!r} and the checkpoint's {config['tokenizer']!r}")
     other = None
     if vs:
         other, other_config = load_model(vs, target)

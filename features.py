@@ -281,7 +281,7 @@ def main():
     encoding = get_tokenizer(config["tokenizer"])
     source = Windows(data or config["data_dir"], split, model.config.block_size)
     if source.meta["tokenizer"] != config["tokenizer"]:
-        raise ValueError(f"{data}: its tokenizer is {source.meta['tokenizer']!r} and the checkpoint's {config['tokenizer']!r}")
+        raise ValueError(f"{data or config['data_dir']}: its tokenizer is {source.meta['tokenizer']!r} and the checkpoint's {config['tokenizer']!r}")
     windows = source.shuffled(0, max(1, min(tokens // model.config.block_size, len(source))), seed=0)[:, :-1]
     readers, slopes = read(model, windows)
     partial = out.rstrip("/") + ".partial"

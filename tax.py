@@ -175,9 +175,25 @@ def train_one():
     train.main()
 
 
+def run_directory(name, seed):
+    return os.path.join(out_dir, "".join(c if c.isalnum() else "_" for c in name), f"seed{seed}")
+
+
+def claim(directory, text):
+    """Raise ValueError if a directory holds a run with other settings than text; otherwise it is of these."""
+    path = os.path.join(directory, "settings.txt")
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            if (old := file.read()) != text:
+                raise ValueError(f"{directory} holds a run with {old!r}, not {text!r}: choose another name or --out_dir")
+    os.makedirs(directory, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+
+
 def run(name, settings, seed, common):
     """One run of train.py, to its end or from where it stopped -> rows (tokens, val_loss) of its evaluations."""
-    directory = os.path.join(out_dir, "".join(c if c.isalnum() else "_" for c in name), f"seed{seed}")
+    directory = run_directory(name, seed)
     theirs, ours = parse_settings(settings)
     init_from = "resume" if os.path.exists(os.path.join(directory, "last.pt")) else "scratch"
     script = [os.path.abspath(__file__), "--train-ablated", settings] if ours else [train.__file__]
@@ -264,7 +280,9 @@ def main():
         settings |= dict(text.partition(":")[::2] for text in variant) or {"cayley": ""}
     for text in [*settings.values(), *common]:
         parse_settings(text)
-    os.makedirs(out_dir, exist_ok=True)
+    for name, text in settings.items():
+        for seed in range(seeds):
+            claim(run_directory(name, seed), " ".join([config, *common, text]))
     work = [(name, seed) for seed in range(seeds) for name in settings]
     with ThreadPoolExecutor(jobs) as pool:
         curves = list(tqdm(pool.map(lambda item: run(item[0], settings[item[0]], item[1], common), work), total=len(work), unit="run"))

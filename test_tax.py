@@ -76,6 +76,8 @@ def test_the_whole_command(data_dir, tmp_path):
     for _ in range(2):  # the second time everything is there
         result = run_script(ROOT / "tax.py", *command)
         assert result.returncode == 0, result.stderr
+    other = run_script(ROOT / "tax.py", *command[:-1], "<gold>: dictionary=random")
+    assert other.returncode == 1 and "dictionary=gold" in other.stderr and "dictionary=random" in other.stderr
     with open(tmp_path / "tax" / "tax.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 9 and {row["setting"] for row in rows} == {"dense", "half, k", "<gold>"}
