@@ -399,9 +399,7 @@ def main():
     for name in SECTIONS if section == "all" else [section]:
         results[name] = SECTIONS[name]()
     if json:
-        with tempfile.NamedTemporaryFile("w", dir=os.path.dirname(os.path.abspath(json)), delete=False) as file:
-            json_module.dump(results, file, indent=1)
-        os.replace(file.name, json)
+        prepare_fineweb.write_json(json, results)
 
 
 if __name__ == "__main__":

@@ -35,15 +35,15 @@ def field_tables(t):
 
 
 @functools.cache
-def all_label_bits(t):
-    """Every label bit that GF(2^t) offers, uint8 (bits, 2^t); see label_bits."""
+def all_label_bits(t, exponents=None):
+    """Every label bit that GF(2^t) offers, uint8 (bits, 2^t), by the exponents of label_bits or by others."""
     if t not in PRIMITIVE_POLYNOMIALS:
         raise ValueError(f"t={t}: the label map is defined for t from 4 to 12, that is n_embd from 16 to 4096")
     x, order = np.arange(2**t), 2**t - 1
     exp, log = field_tables(t)
     trace = np.bitwise_xor.reduce([exp[np.arange(order) * 2**i % order] for i in range(t)])  # Tr(alpha^i)
     candidates = [x >> (t - 1 - i) & 1 for i in range(t)]
-    for e in (3, 5) if t % 2 else (2 ** (t // 2) + 1, 2 ** (t // 2 + 1) + 1):
+    for e in exponents or ((3, 5) if t % 2 else (2 ** (t // 2) + 1, 2 ** (t // 2 + 1) + 1)):
         candidates += [np.where(x == 0, 0, trace[(j + e * log) % order]) for j in range(t)]
     bits, basis = [], {}  # basis: leading bit -> vector of F_2^d as an int, for Gaussian elimination
     for bit in candidates:
@@ -56,25 +56,26 @@ def all_label_bits(t):
     return np.array(bits, dtype=np.uint8)
 
 
-def label_bits(t, n):
+def label_bits(t, n, exponents=None):
     """
     The first n label bits s_n of the 2^t coordinates, uint8 (n, 2^t).
 
     First the t bits of x, most significant first, so that n = t is the Walsh-Hadamard basis. Then Tr(alpha^j x^e),
     j = 0..t-1, without the linearly dependent ones: for even t, e = 2^(t/2)+1 and 2^(t/2+1)+1 (small, large Kasami
-    set); for odd t, e = 3 and 5 (Gold). Source: Kasami 1966; Sarwate & Pursley, Proc. IEEE 68(5), 1980.
+    set); for odd t, e = 3 and 5 (Gold); exponents, a tuple, takes others. Source: Kasami 1966; Sarwate & Pursley, Proc.
+    IEEE 68(5), 1980.
     Raises ValueError for t outside 4..12 or an n that the field does not give.
     """
-    bits = all_label_bits(t)
+    bits = all_label_bits(t, exponents)
     if not 1 <= n <= len(bits):
         raise ValueError(f"n={n}: GF(2^{t}), for n_embd={2**t}, gives labels of 1 to {len(bits)} bits")
     return bits[:n]
 
 
 @functools.cache
-def labels(t, n):
+def labels(t, n, exponents=None):
     """label_bits as integers, first bit most significant: int64 (2^t,). labels(t, n) >> 1 is labels(t, n - 1)."""
-    return (label_bits(t, n).astype(np.int64) << np.arange(n - 1, -1, -1)[:, None]).sum(0)
+    return (label_bits(t, n, exponents).astype(np.int64) << np.arange(n - 1, -1, -1)[:, None]).sum(0)
 
 
 def coherence(t, n):
@@ -379,15 +380,19 @@ class CayleySAE(nn.Module):
                             ("counts", counts.clone())):  # sums over the training forwards since update_stats()
             self.register_buffer(f"pending_{name}", zeros, persistent=False)
 
+    def standardization(self):
+        """scale and shift (F,) of the features' scores, raw * scale + shift + bias."""
+        if not self.score_standardize:
+            return torch.ones_like(self.mean), torch.zeros_like(self.mean)
+        scale = self.var.clamp_min(self.min_var).rsqrt()
+        return scale, -self.mean * scale
+
     def encode(self, x):
         """x (..., d) -> [Codes of level 0, Codes of level 1, ...]. In training it also accumulates statistics."""
         flat = x.reshape(-1, self.n_embd)
         if torch.is_autocast_enabled(x.device.type):
             flat = flat.to(torch.get_autocast_dtype(x.device.type))
-        scale, shift = torch.ones_like(self.mean), torch.zeros_like(self.mean)
-        if self.score_standardize:
-            scale = self.var.clamp_min(self.min_var).rsqrt()
-            shift = -self.mean * scale
+        scale, shift = self.standardization()
         ids, values = select(flat, scale, self.bias.detach() + shift, self.plan)  # (N, K)
         ks = [level.k for level in self.levels]
         features = torch.cat([i + where.start for i, where in zip(ids.split(ks, 1), self.level_slices)], 1)

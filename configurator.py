@@ -4,9 +4,9 @@ Overrides a script's globals by a config file and then by --key=value, checked: 
     config = configure(globals())     # at the top of a script, after its settings
 
 A setting is a global of plain type (bool, int, float, str) in lower case, or a list of strings, to which every
---key=value adds one. A config file is a Python file of plain
-assignments to settings. On the command line '--key=value', '--key value', and '--key' alone for a bool; '-' and '_'
-are the same in keys. Mistakes end the script with one line that names them; --help lists the settings.
+--key=value adds one. A config file is a Python file of plain assignments to settings. On the command line
+'--key=value', '--key value', and '--key' alone for a bool; '-' and '_' are the same in keys. Mistakes end the script
+with one line that names them; --help lists the settings.
 """
 import ast
 import difflib

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from configurator import configure, fail
 from model import code_statistics, explained, load_model, pick_device
-from prepare_fineweb import Windows, get_tokenizer, write_json
+from prepare_fineweb import get_tokenizer, run_windows, write_json
 
 # settings, see configurator.py
 ckpt = "out/ckpt.pt"
@@ -263,9 +263,7 @@ def main():
     model, config = load_model(ckpt, target)
     encoding = get_tokenizer(config["tokenizer"])
     tasks = load_tasks(encoding, model.config.block_size)
-    split = Windows(data_dir or config["data_dir"], "val", model.config.block_size)
-    if split.meta["tokenizer"] != config["tokenizer"]:
-        raise ValueError(f"{data_dir or config['data_dir']}: its tokenizer is {split.meta['tokenizer']!r} and the checkpoint's {config['tokenizer']!r}")
+    split = run_windows(config, "val", data_dir)
     other = None
     if vs:
         other, other_config = load_model(vs, target)

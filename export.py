@@ -14,7 +14,6 @@ share of the model's active features that it still finds is printed and written 
 level of 32,768 features at d=1024 takes 268 MB.
 """
 import os
-import shutil
 
 import torch
 from safetensors.torch import save_file, save_model
@@ -22,7 +21,7 @@ from safetensors.torch import save_file, save_model
 from cayley import CayleySAE
 from configurator import configure, fail
 from model import load_model
-from prepare_fineweb import Windows, write_json
+from prepare_fineweb import new_directory, run_windows, write_json
 
 # settings, see configurator.py
 ckpt = "out/ckpt.pt"
@@ -34,15 +33,21 @@ FORMATS = ("safetensors", "saelens")
 
 
 @torch.no_grad()
-def gate_agreement(model, idx):
-    """Per layer and level the share of active features that are also active without the gate, on idx (B, T)."""
+def sae_inputs(model, idx):
+    """What each layer's CayleySAE reads: idx (B, T) -> a list of (B, T, d)."""
     inputs = []
     hooks = [sae.register_forward_pre_hook(lambda module, args: inputs.append(args[0])) for sae in model.saes()]
     model(idx)
     for hook in hooks:
         hook.remove()
+    return inputs
+
+
+@torch.no_grad()
+def gate_agreement(model, idx):
+    """Per layer and level the share of active features that are also active without the gate, on idx (B, T)."""
     shares = []
-    for sae, x in zip(model.saes(), inputs):
+    for sae, x in zip(model.saes(), sae_inputs(model, idx)):
         free = CayleySAE(sae.n_embd, sae.levels, False, sae.score_standardize, sae.forward_standardized).eval()
         free.load_state_dict(sae.state_dict())
         shares.append([(gated.ids.unsqueeze(-1) == ungated.ids.unsqueeze(-2)).any(-1).float().mean().item()
@@ -50,13 +55,19 @@ def gate_agreement(model, idx):
     return shares
 
 
+def check_expressible(model):
+    """Raise ValueError unless SAELens SAEs can hold the model's."""
+    if not model.saes():
+        raise ValueError(f"{ckpt} is a dense twin: it has no SAE")
+    if model.config.score_standardize != model.config.forward_standardized:
+        raise ValueError(f"{ckpt} selects by score_standardize={model.config.score_standardize} and forwards by "
+                         f"forward_standardized={model.config.forward_standardized}: a SAELens SAE forwards what it selects by")
+
+
 def saelens_tensors(sae, level):
     """The weights of a SAELens TopK SAE for one level of a CayleySAE."""
     where, atoms = sae.level_slices[level], sae.atoms(level, range(2 ** sae.levels[level].n))  # (F, d)
-    scale, shift = torch.ones_like(sae.mean[where]), torch.zeros_like(sae.mean[where])
-    if sae.score_standardize:
-        scale = sae.var[where].clamp_min(sae.min_var).rsqrt()
-        shift = -sae.mean[where] * scale
+    scale, shift = (vector[where] for vector in sae.standardization())
     return {"W_enc": (atoms * scale[:, None]).T.contiguous(), "b_enc": (sae.bias[where] + shift).detach().contiguous(),
             "W_dec": atoms.contiguous(), "b_dec": torch.zeros(sae.n_embd)}
 
@@ -87,30 +98,20 @@ def main():
     configure(globals())
     if format not in FORMATS:
         raise ValueError(f"format={format!r}: must be one of {', '.join(FORMATS)}")
-    if os.path.exists(out):
-        raise ValueError(f"{out} is there already: choose another --out, or remove it")
-    model, config = load_model(ckpt)
-    if format == "saelens":
-        if not model.saes():
-            raise ValueError(f"{ckpt} is a dense twin: it has no SAE")
-        if model.config.score_standardize != model.config.forward_standardized:
-            raise ValueError(f"{ckpt} selects by score_standardize={model.config.score_standardize} and forwards by "
-                             f"forward_standardized={model.config.forward_standardized}: a SAELens SAE forwards what it selects by")
-    partial = out.rstrip("/") + ".partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    os.makedirs(partial)
-    if format == "safetensors":
-        save_model(model, os.path.join(partial, "model.safetensors"))
-        write_json(os.path.join(partial, "config.json"), {"model_args": vars(model.config), "config": config})
-    else:
-        try:
-            windows = Windows(data or config["data_dir"], "val", model.config.block_size)
-            agreement = gate_agreement(model, torch.from_numpy(windows.shuffled(0, min(8, len(windows)), seed=0)[:, :-1]))
-        except (ValueError, OSError) as error:
-            agreement = None
-            print(f"the gate's effect is not measured: {error}")
-        export_saelens(model, partial, agreement)
-    os.rename(partial, out)
+    with new_directory(out) as directory:
+        model, config = load_model(ckpt)
+        if format == "safetensors":
+            save_model(model, os.path.join(directory, "model.safetensors"))
+            write_json(os.path.join(directory, "config.json"), {"model_args": vars(model.config), "config": config})
+        else:
+            check_expressible(model)
+            try:
+                windows = run_windows(config, "val", data)
+                agreement = gate_agreement(model, torch.from_numpy(windows.shuffled(0, min(8, len(windows)), seed=0)[:, :-1]))
+            except (ValueError, OSError) as error:
+                agreement = None
+                print(f"the gate's effect is not measured: {error}")
+            export_saelens(model, directory, agreement)
     print(f"{out} is written")
 
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from configurator import configure, fail
 from model import load_model, pick_device
-from prepare_fineweb import Windows, get_tokenizer
+from prepare_fineweb import get_tokenizer, new_directory, run_windows
 
 # settings, see configurator.py
 ckpt = "out/ckpt.pt"
@@ -137,11 +137,6 @@ def codes_of(model, idx):
     return [[type(c)(c.ids.cpu().numpy(), c.values.float().cpu().numpy()) for c in codes] for codes in layers]
 
 
-def gelu_slope(x):
-    """Derivative of x * normal cdf(x)."""
-    return 0.5 * (1 + torch.erf(x / 2**0.5)) + x * torch.exp(-x * x / 2) / (2 * torch.pi) ** 0.5
-
-
 def read(model, windows):
     """Both readings of windows, a (M, T) array -> a LevelReader per layer and level, and each layer's mean GELU slopes."""
     readers = [[LevelReader(i, l, sae) for l in range(len(sae.levels))] for i, sae in enumerate(model.saes())]
@@ -149,7 +144,8 @@ def read(model, windows):
 
     def measure(layer):
         def hook(module, inputs, output):
-            slopes[layer] = slopes[layer] + gelu_slope(output.float()).sum((0, 1)) / windows.size
+            hidden = output.float()
+            slopes[layer] = slopes[layer] + torch.ops.aten.gelu_backward(torch.ones_like(hidden), hidden).sum((0, 1)) / windows.size
         return hook
     hooks = [block.mlp.c_fc.register_forward_hook(measure(i)) for i, block in enumerate(model.blocks)]
     for first in tqdm(range(0, len(windows), batch_size), desc="counting", unit="batch"):
@@ -208,9 +204,17 @@ def co_active(reader, feature, others, n_tokens, limit=8):
     return [list(row[1:]) for row in sorted(found, reverse=True)[:limit]]
 
 
+def context(reader, feature, slot, windows):
+    """[place of the feature's token, tokens around it, the feature's code at each, whether it is a sampled context]."""
+    window, position = divmod(int(reader.refs[feature, slot]), windows.shape[1])
+    start, end = max(0, position - BEFORE), min(windows.shape[1], position + AFTER + 1)
+    shade = reader.shades[feature, slot][start - position + BEFORE:end - position + BEFORE]
+    return [position - start, windows[window, start:end].tolist(), rounded(shade), int(slot >= n_top)]
+
+
 def write_level(directory, model, reader, layer_readers, windows, slopes, n_vocab):
     """The table of one level of one layer, and its features in chunks."""
-    T, flat = windows.shape[1], windows.ravel()
+    flat = windows.ravel()
     others = [other for other in layer_readers if other is not reader]
     table = {"count": reader.counts.tolist(), "mean": rounded(reader.sums / reader.counts.clip(1)), "max": [], "tokens": []}
     for first in range(0, reader.size, CHUNK):
@@ -222,14 +226,7 @@ def write_level(directory, model, reader, layer_readers, windows, slopes, n_voca
             ids, counts = np.unique(flat[refs[refs >= 0]], return_counts=True)
             table["tokens"].append(ids[np.argsort(-counts, kind="stable")][:4].tolist())
             table["max"].append(round(float(reader.top.keys[feature, 0]), 2) if refs[0] >= 0 else 0)
-            contexts = []
-            for slot in range(reader.shown):
-                if refs[slot] >= 0:
-                    position = refs[slot] % T
-                    start, end = max(0, position - BEFORE), min(T, position + AFTER + 1)
-                    shade = reader.shades[feature, slot][start - position + BEFORE:end - position + BEFORE]
-                    contexts.append([int(position - start), flat[refs[slot] - position + start:refs[slot] - position + end].tolist(),
-                                     rounded(shade), int(slot >= n_top)])
+            contexts = [context(reader, feature, slot, windows) for slot in range(reader.shown) if refs[slot] >= 0]
             pages.append({"contexts": contexts, "histogram": reader.histogram[feature].tolist(), "up": logit_ids[:10].tolist(),
                           "down": logit_ids[:9:-1].tolist(), "upBy": rounded(logit_values[:10], 3),
                           "downBy": rounded(logit_values[:9:-1], 3), "beside": co_active(reader, feature, others, flat.size)})
@@ -271,24 +268,16 @@ def main():
     configure(globals())
     if tokens < 1 or batch_size < 1 or n_top < 1 or n_random < 1:
         raise ValueError(f"tokens={tokens}, batch_size={batch_size}, n_top={n_top} and n_random={n_random} must be at least 1")
-    if os.path.exists(out):
-        raise ValueError(f"{out} is there already: choose another --out, or remove it")
     if text and not os.path.isfile(text):
         raise ValueError(f"{text}: no such file")
-    model, config = load_model(ckpt, pick_device(device))
-    if not model.saes():
-        raise ValueError(f"{ckpt} is a dense twin: it has no features")
-    encoding = get_tokenizer(config["tokenizer"])
-    source = Windows(data or config["data_dir"], split, model.config.block_size)
-    if source.meta["tokenizer"] != config["tokenizer"]:
-        raise ValueError(f"{data or config['data_dir']}: its tokenizer is {source.meta['tokenizer']!r} and the checkpoint's {config['tokenizer']!r}")
-    windows = source.shuffled(0, max(1, min(tokens // model.config.block_size, len(source))), seed=0)[:, :-1]
-    readers, slopes = read(model, windows)
-    partial = out.rstrip("/") + ".partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    os.makedirs(partial)
-    write_site(partial, model, encoding, windows, readers, slopes, text)
-    os.rename(partial, out)
+    with new_directory(out) as directory:
+        model, config = load_model(ckpt, pick_device(device))
+        if not model.saes():
+            raise ValueError(f"{ckpt} is a dense twin: it has no features")
+        source = run_windows(config, split, data)
+        windows = source.shuffled(0, max(1, min(tokens // model.config.block_size, len(source))), seed=0)[:, :-1]
+        readers, slopes = read(model, windows)
+        write_site(directory, model, get_tokenizer(config["tokenizer"]), windows, readers, slopes, text)
     print(f"open {os.path.join(os.path.abspath(out), 'index.html')}")
 
 

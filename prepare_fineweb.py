@@ -11,12 +11,14 @@ Every document is one <|endoftext|> and its tokens. The first val_tokens are val
 shards of shard_tokens. Stopped at any moment, the same command goes on after the last whole shard.
 """
 import collections
+import contextlib
 import glob
 import hashlib
 import importlib
 import itertools
 import json
 import os
+import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -191,13 +193,34 @@ def encoded(texts, encoding, workers):
             yield from in_flight.popleft().result()
 
 
-def write_json(path, value):
-    """Write a JSON file by atomic rename."""
-    with open(path + ".tmp", "w") as file:
-        json.dump(value, file, indent=1)
+def write_text(path, text):
+    """Write a text file by atomic rename."""
+    with open(path + ".tmp", "w", encoding="utf-8", newline="") as file:
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(path + ".tmp", path)
+
+
+def write_json(path, value):
+    """Write a JSON file by atomic rename."""
+    write_text(path, json.dumps(value, indent=1))
+
+
+@contextlib.contextmanager
+def new_directory(path):
+    """A directory to fill, which is at path when it is whole, and gone if that fails. Raises ValueError if path is there."""
+    if os.path.exists(path):
+        raise ValueError(f"{path} is there already: choose another --out, or remove it")
+    partial = path.rstrip("/") + ".partial"
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    os.makedirs(partial)
+    try:
+        yield partial
+        os.rename(partial, path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def write_shard(path, pieces, bar):
@@ -398,6 +421,19 @@ class Windows:
         numbers = np.concatenate([permute(order[epochs == epoch] % len(self), len(self), (seed, int(epoch)))
                                   for epoch in np.unique(epochs)])
         return self.read(numbers)
+
+
+def run_windows(config, split, data_dir=""):
+    """
+    Windows of a split for the model of a run with this configuration, from data_dir or else the run's own.
+
+    Raises ValueError as Windows does, and if the data are of another tokenizer than the run's.
+    """
+    data_dir = data_dir or config["data_dir"]
+    windows = Windows(data_dir, split, config["block_size"])
+    if windows.meta["tokenizer"] != config["tokenizer"]:
+        raise ValueError(f"{data_dir}: its tokenizer is {windows.meta['tokenizer']!r} and the checkpoint's {config['tokenizer']!r}")
+    return windows
 
 
 # -----------------------------------------------------------------------------

@@ -25,8 +25,9 @@ from tqdm import tqdm
 
 import model
 import train
-from cayley import CayleySAE, Codes, _parity, field_tables
+from cayley import CayleySAE, Codes, _parity, labels
 from configurator import configure, fail
+from prepare_fineweb import write_text
 
 # settings, see configurator.py
 config = "configs/demo.py"  # of every run
@@ -83,7 +84,8 @@ class AblatedSAE(CayleySAE):
                 signs[::2 ** (level.n - self.t)] = self.atoms(0, range(self.n_embd)) * 2 ** (self.t / 2)
                 atoms = signs * 2 ** (-self.t / 2)
             elif self.dictionary == "gold" and i > 0:
-                atoms = _parity(np.arange(2**level.n)[:, None], gold_labels(self.t, level.n), torch.float32, "cpu") * 2 ** (-self.t / 2)
+                gold = labels(self.t, level.n, exponents=(3,))
+                atoms = _parity(np.arange(2**level.n)[:, None], gold, torch.float32, "cpu") * 2 ** (-self.t / 2)
             else:
                 atoms = self.atoms(i, range(2**level.n))
             self.register_buffer(f"atoms_{i}", atoms, persistent=False)
@@ -93,10 +95,10 @@ class AblatedSAE(CayleySAE):
         codes, left = [], x
         for i, (level, where) in enumerate(zip(self.levels, self.level_slices)):
             atoms, m = getattr(self, f"atoms_{i}"), self.plan[3 * i + 2]
-            mean, std, bias = self.mean[where], self.var[where].clamp_min(self.min_var).sqrt(), self.bias[where]
+            scale, shift, bias = (vector[where] for vector in (*self.standardization(), self.bias))
             with torch.no_grad():
                 raw = left @ atoms.T  # (..., 2^n)
-                score = ((raw - mean) / std if self.score_standardize else raw) + bias
+                score = raw * scale + shift + bias
                 rank = score.abs() if self.absolute else score
                 if m < level.n:
                     opened = torch.zeros(*x.shape[:-1], 2 ** (level.n - m), dtype=torch.bool, device=x.device)
@@ -110,7 +112,7 @@ class AblatedSAE(CayleySAE):
                     self.pending_raw[:, where] += torch.stack([some.sum(0), some.square().sum(0)])
                     self.pending_counts[where] += ids.flatten().bincount(minlength=2**level.n)
             raw = (atoms[ids] @ left.unsqueeze(-1)).squeeze(-1)  # of the active, with their gradient
-            values = ((raw - mean[ids]) / std[ids] if self.forward_standardized else raw) + bias[ids]
+            values = (raw * scale[ids] + shift[ids] if self.forward_standardized else raw) + bias[ids]
             codes.append(Codes(ids, values * (self.leaf_weight if i else 1)))
             if self.residual:  # in raw units
                 left = left - self._sum(i, ids, raw)
@@ -135,17 +137,6 @@ class AblatedSAE(CayleySAE):
         self.active_counts += self.pending_counts
         for pending in (self.pending_raw, self.pending_rows, self.pending_counts):
             pending.zero_()
-
-
-def gold_labels(t, n):
-    """Labels (2^t,) of n bits: those of x, then Tr(alpha^j x^3) for j = 0, 1, ..., n - t <= t."""
-    x, order = np.arange(2**t), 2**t - 1
-    exp, log = field_tables(t)
-    trace = np.bitwise_xor.reduce([exp[np.arange(order) * 2**i % order] for i in range(t)])  # Tr(alpha^i)
-    label = x
-    for j in range(n - t):
-        label = label << 1 | np.where(x > 0, trace[(j + 3 * log[x]) % order], 0)
-    return label
 
 
 # -----------------------------------------------------------------------------
@@ -187,8 +178,7 @@ def claim(directory, text):
             if (old := file.read()) != text:
                 raise ValueError(f"{directory} holds a run with {old!r}, not {text!r}: choose another name or --out_dir")
     os.makedirs(directory, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
+    write_text(path, text)
 
 
 def run(name, settings, seed, common):
@@ -256,14 +246,6 @@ def chart(curves):
     return "\n".join(parts)
 
 
-def write(name, text):
-    """out_dir/name, by atomic rename."""
-    path = os.path.join(out_dir, name)
-    with open(path + ".tmp", "w", encoding="utf-8", newline="") as file:
-        file.write(text)
-    os.replace(path + ".tmp", path)
-
-
 def main():
     if sys.argv[1:2] == ["--train-ablated"]:
         return train_one()
@@ -290,8 +272,8 @@ def main():
     table = io.StringIO(newline="")
     csv.writer(table).writerows([("setting", "seed", "tokens", "val_loss")] + [
         (name, seed, *row) for name, c in runs.items() for seed, curve in enumerate(c) for row in curve])
-    write("tax.csv", table.getvalue())
-    write("tax.svg", chart(runs))
+    write_text(os.path.join(out_dir, "tax.csv"), table.getvalue())
+    write_text(os.path.join(out_dir, "tax.svg"), chart(runs))
     for i, (tokens, _) in enumerate(runs["dense"][0]):
         print(f"{tokens:>13,} tokens: " + ", ".join(f"{name} {np.mean([c[i][1] for c in r]):.4f}" for name, r in runs.items()))
     print("\n".join(summarize(runs)))

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from safetensors.torch import load_model as load_safetensors
 
 from conftest import ROOT, run_script
-from export import saelens_tensors
+from export import sae_inputs, saelens_tensors
 from model import GPT, GPTConfig, load_model
 
 
@@ -34,20 +34,11 @@ def dense_codes(codes, size):
     return torch.zeros(*codes.ids.shape[:-1], size).scatter(-1, codes.ids, codes.values)
 
 
-def inputs_of(model, layer, idx):
-    """What the CayleySAE of a layer reads."""
-    inputs = []
-    hook = model.blocks[layer].sae.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    model(idx)
-    hook.remove()
-    return inputs[0]
-
-
 @torch.no_grad()
 def test_weights_give_the_scores(trained, exported):
     """Independent of SAELens: x W_enc + b_enc is the code of every active feature, and codes times W_dec what the MLP reads."""
     model, _ = load_model(trained / "ckpt.pt")
-    x = inputs_of(model, 1, torch.arange(32).unsqueeze(0))
+    x = sae_inputs(model, torch.arange(32).unsqueeze(0))[1]
     sae, total = model.blocks[1].sae, 0
     for level, codes in enumerate(sae.encode(x)):
         weights = load_file(exported / "saelens" / f"layer_1_level_{level}" / "sae_weights.safetensors")
@@ -64,7 +55,7 @@ def test_weights_give_the_scores(trained, exported):
 def test_saelens_loads_and_encodes_alike(trained, exported):
     SAE = pytest.importorskip("sae_lens", reason="sae-lens is not here: pip install sae-lens").SAE
     model, _ = load_model(trained / "ckpt.pt")
-    x = inputs_of(model, 0, torch.arange(32).unsqueeze(0))
+    x = sae_inputs(model, torch.arange(32).unsqueeze(0))[0]
     codes = model.blocks[0].sae.encode(x)
     loaded = [SAE.load_from_disk(str(exported / "saelens" / f"layer_0_level_{level}")) for level in (0, 1)]
     expected = dense_codes(codes[0], 32).relu()

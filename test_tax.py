@@ -19,7 +19,8 @@ def options(monkeypatch):
     return set_options
 
 
-@pytest.mark.parametrize("switches", [(True, True, True), (False, True, True), (True, False, False), (True, True, False)])
+@pytest.mark.parametrize("switches", [(True, True, True), (False, True, True), (True, False, False), (True, True, False),
+                                      (True, False, True)])
 def test_the_plain_layer_without_options_is_the_real_one(switches):
     torch.manual_seed(0)
     plain, real = tax.AblatedSAE(64, "6,8,0;9,16,32", *switches), CayleySAE(64, "6,8,0;9,16,32", *switches)
