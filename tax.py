@@ -1,14 +1,14 @@
 """
 The interpretability tax: the dense twin and Cayley settings trained by train.py on byte-identical batches.
 
-    python tax.py                                        # configs/demo.py and its dense twin, minutes on 2 cores
+    python tax.py                                        # configs/demo.py and its dense twin, 5 minutes on 2 cores
     python tax.py --variant "half k: cayley_levels=7,4,0;11,8,64" --variant "no gate: per_parent_budget=False"
     python tax.py --config=configs/cayley_small_2L.py --train_settings max_iters=2000
     python tax.py --ablation --seeds=3 --jobs=2          # what the design leaves open, see ABLATION
 
-Prints each setting's val loss, its gap to the dense twin at equal tokens, and the multiple of tokens that it needs for a
-loss that the twin has reached (by interpolation). Writes tax.csv (a row per evaluation) and tax.svg to out_dir.
-Stopped and started again, it goes on. Differences between settings are paired by seed; +- is their standard deviation.
+Prints each setting's val loss, its gaps to the dense twin and to the first setting at equal tokens, and the multiple of
+tokens that it needs for a loss that the twin has reached (by interpolation). Writes tax.csv (a row per evaluation) and
+tax.svg to out_dir. Stopped and started again, it goes on. Gaps are paired by seed; +- is the standard deviation.
 """
 import csv
 import io
@@ -42,6 +42,7 @@ long = False  # the ablation's few settings at twice its length
 ABLATION_SIZE = ["n_layer=2", "n_embd=256", "n_head=4", "block_size=128", "batch_size=8", "gradient_accumulation_steps=1",
                  "max_iters=250", "warmup_iters=20", "eval_interval=50", "eval_iters=32"]
 BASE = "cayley_levels=8,8,0;12,16,64"
+RAW = " score_standardize=False forward_standardized=False"
 ABLATION = {
     "two levels, 8 + 16 of 256 + 4,096": BASE,
     "level 0 alone, 24 active": "cayley_levels=8,24,0",
@@ -52,7 +53,7 @@ ABLATION = {
     "delta 16": "cayley_levels=8,8,0;12,16,16",
     "delta 256": "cayley_levels=8,8,0;12,16,256",
     "no gate": BASE + " per_parent_budget=False",
-    "raw scores, raw codes": BASE + " score_standardize=False forward_standardized=False",
+    "raw scores, raw codes": BASE + RAW,
     "standardised scores, raw codes": BASE + " forward_standardized=False",
     "Gold exponent 3": BASE + " dictionary=gold",
     "random dictionary": BASE + " dictionary=random",
@@ -60,9 +61,13 @@ ABLATION = {
     "no repeats of parents": BASE + " repeats=False",
     "by absolute value": BASE + " absolute=True",
     "leaves weigh 1/2": BASE + " leaf_weight=0.5",
+    "k split 16 + 8, delta 16": "cayley_levels=8,16,0;12,8,16",
+    "k split 16 + 8, delta 16, raw": "cayley_levels=8,16,0;12,8,16" + RAW,
+    "level 0 alone, 24 active, raw": "cayley_levels=8,24,0" + RAW,
 }
 LONG = ["two levels, 8 + 16 of 256 + 4,096", "level 0 alone, 24 active", "raw scores, raw codes", "no repeats of parents",
-        "no gate", "residual of the level above", "leaves weigh 1/2"]
+        "no gate", "residual of the level above", "leaves weigh 1/2", "k split 16 + 8, delta 16", "k split 16 + 8, delta 16, raw",
+        "level 0 alone, 24 active, raw"]
 
 
 class AblatedSAE(CayleySAE):
@@ -207,15 +212,21 @@ def token_multiple(curve, dense):
 
 def summarize(curves):
     """{name: [curve per seed]}, the dense twin first -> printed table, a list of lines; gaps are paired by seed."""
-    dense = curves["dense"]
-    lines = ["| setting | val loss | gap to dense | tokens for equal loss |", "|---|---|---|---|"]
+    def cell(values, form):
+        return f"{np.mean(values):{form}}" + (f" +- {np.std(values, ddof=1):{form.strip('+')}}" if len(values) > 1 else "")
+
+    def gap(runs, others):
+        return [c[-1][1] - other[-1][1] for c, other in zip(runs, others)]
+    dense, first = list(curves.values())[:2]
+    lines = ["| setting | val loss | gap to dense | to the first setting | tokens for equal loss |", "|---|---|---|---|---|"]
     for name, runs in curves.items():
-        columns = [[c[-1][1] for c in runs]]
-        if name != "dense":
-            columns += [[c[-1][1] - d[-1][1] for c, d in zip(runs, dense)], [token_multiple(c, d) for c, d in zip(runs, dense)]]
-        cells = [f"{np.mean(v):.{digits}f}" + (f" +- {np.std(v, ddof=1):.{digits}f}" if len(v) > 1 else "") + unit
-                 for v, digits, unit in zip(columns, (3, 3, 2), ("", "", "x"))]
-        lines.append(f"| {name} | " + " | ".join(cells + [""] * (3 - len(cells))) + " |")
+        cells = [name, cell([c[-1][1] for c in runs], ".3f"), "", "", ""]
+        if runs is not dense:
+            cells[2] = cell(gap(runs, dense), ".3f")
+            cells[4] = cell([token_multiple(c, d) for c, d in zip(runs, dense)], ".2f") + "x"
+        if runs is not dense and runs is not first:
+            cells[3] = cell(gap(runs, first), "+.3f")
+        lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 

@@ -83,5 +83,6 @@ def test_the_whole_command(data_dir, tmp_path):
         rows = list(csv.DictReader(file))
     assert len(rows) == 9 and {row["setting"] for row in rows} == {"dense", "half, k", "<gold>"}
     final = {row["setting"]: float(row["val_loss"]) for row in rows if row["tokens"] == rows[2]["tokens"]}
-    assert f"| half, k | {final['half, k']:.3f} | {final['half, k'] - final['dense']:.3f} |" in result.stdout
+    assert f"| half, k | {final['half, k']:.3f} | {final['half, k'] - final['dense']:.3f} |  |" in result.stdout
+    assert f"| {final['<gold>'] - final['dense']:.3f} | {final['<gold>'] - final['half, k']:+.3f} |" in result.stdout
     assert len(ElementTree.parse(tmp_path / "tax" / "tax.svg").findall(".//{*}polyline")) == 3
