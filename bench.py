@@ -28,7 +28,7 @@ from tqdm import tqdm
 import cayley
 import prepare_fineweb
 from cayley import CayleySAE
-from configurator import configure, fail
+from configurator import configure, run_main
 from model import GPT, MLP, CausalSelfAttention, GPTConfig
 from muon import Muon, MuonAdamW
 
@@ -403,7 +403,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        fail(error)
+    run_main(main)

@@ -20,6 +20,14 @@ def fail(message):
     sys.exit(1)
 
 
+def run_main(main):
+    """Run a script's main(): what it or a library raises about its input ends the script with one line."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        fail(error)
+
+
 def _checked(key, value, settings, where):
     """value for a setting, of the type of its default; text from a command line is read as a Python literal."""
     if key not in settings:

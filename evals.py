@@ -24,7 +24,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from configurator import configure, fail
+from configurator import configure, run_main
 from model import code_statistics, explained, load_model, pick_device
 from prepare_fineweb import get_tokenizer, run_windows, write_json
 
@@ -62,9 +62,9 @@ def window_losses(model, windows):
     return losses
 
 
-def loss_scores(model, windows, encoding):
-    """loss, its standard error, perplexity and bits per byte of windows."""
-    loss, error = mean_and_error(window_losses(model, windows))
+def loss_scores(losses, windows, encoding):
+    """loss, its standard error, perplexity and bits per byte, by the window_losses of windows."""
+    loss, error = mean_and_error(losses)
     lengths = np.array([len(encoding.decode_single_token_bytes(i)) if i != encoding.eot_token else 0
                         for i in range(encoding.n_vocab)])
     n_bytes = lengths[windows[:, 1:]].sum()
@@ -229,17 +229,21 @@ def val_windows(split):
     return split.shuffled(0, min(n_windows, len(split)), seed=0)
 
 
-def evaluate(model, encoding, windows, tasks):
-    """Every score of windows and load_tasks' tasks, as a dict for evals.json."""
-    scores = {"val": loss_scores(model, windows, encoding)}
+def evaluate(model, encoding, windows, tasks, other=None):
+    """Every score of windows and load_tasks' tasks, as a dict for evals.json; other: a model to compare with on windows."""
+    losses = window_losses(model, windows)
+    scores = {"val": loss_scores(losses, windows, encoding)}
     if "text" in tasks:
-        scores["text"] = loss_scores(model, tasks["text"], encoding)
+        scores["text"] = loss_scores(window_losses(model, tasks["text"]), tasks["text"], encoding)
     if "hellaswag" in tasks:
         scores["hellaswag"] = hellaswag_scores(model, encoding, tasks["hellaswag"])
     if "lambada" in tasks:
         scores["lambada"] = lambada_scores(model, encoding, tasks["lambada"])
     if model.saes():
         scores["codes"] = code_scores(model, windows[:32])
+    if other:
+        difference, error = mean_and_error(np.subtract(losses, window_losses(other, windows)))
+        scores["vs"] = {"checkpoint": vs, "loss_difference": difference, "standard_error": error}
     return scores
 
 
@@ -269,16 +273,8 @@ def main():
         other, other_config = load_model(vs, target)
         if other_config["tokenizer"] != config["tokenizer"] or other.config.block_size != model.config.block_size:
             raise ValueError(f"{vs}: it has another tokenizer or block_size than {ckpt}, so losses can't be paired")
-    windows = val_windows(split)
-    scores = evaluate(model, encoding, windows, tasks)
-    if other:
-        difference, error = mean_and_error(np.subtract(window_losses(model, windows), window_losses(other, windows)))
-        scores["vs"] = {"checkpoint": vs, "loss_difference": difference, "standard_error": error}
-    report(scores, os.path.dirname(ckpt) or ".")
+    report(evaluate(model, encoding, val_windows(split), tasks, other), os.path.dirname(ckpt) or ".")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        fail(error)
+    run_main(main)

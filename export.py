@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file, save_model
 
 from cayley import CayleySAE
-from configurator import configure, fail
+from configurator import configure, run_main
 from model import load_model
 from prepare_fineweb import new_directory, run_windows, write_json
 
@@ -116,7 +116,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        fail(error)
+    run_main(main)

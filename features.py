@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from configurator import configure, fail
+from configurator import configure, run_main
 from model import load_model, pick_device
 from prepare_fineweb import get_tokenizer, new_directory, run_windows
 
@@ -234,18 +234,15 @@ def write_level(directory, model, reader, layer_readers, windows, slopes, n_voca
     save(directory, f"{reader.layer}/{reader.level}/table", table)
 
 
-def write_text(directory, model, encoding, path):
-    """The page of a text: its tokens, and per layer their codes by level. Returns the number of tokens."""
-    with open(path, encoding="utf-8") as file:
-        ids = encoding.encode_ordinary(file.read())[:model.config.block_size - 1]
+def write_text_page(directory, model, encoding, ids):
+    """The page of a text, a list of ids: its tokens, and per layer their codes by level."""
     layers = codes_of(model, np.array([[encoding.eot_token] + ids]))
     for layer, codes in enumerate(layers):
         save(directory, f"text/{layer}", [[[c.ids[0, i].tolist(), rounded(c.values[0, i])] for c in codes] for i in range(1, len(ids) + 1)])
     save(directory, "text/tokens", ids)
-    return len(ids)
 
 
-def write_site(directory, model, encoding, windows, readers, slopes, text_file):
+def write_site(directory, model, encoding, windows, readers, slopes, text_ids):
     """All files of the site in a new directory."""
     shutil.copyfile(os.path.join(os.path.dirname(os.path.abspath(__file__)), "features.html"), os.path.join(directory, "index.html"))
     bar = tqdm(total=sum(reader.size for layer in readers for reader in layer), desc="writing", unit="feature")
@@ -261,7 +258,9 @@ def write_site(directory, model, encoding, windows, readers, slopes, text_file):
         "checkpoint": os.path.abspath(ckpt), "tokens": windows.size, "layers": len(readers), "chunk": CHUNK,
         "levels": [{"n": level.n, "k": level.k, "m": sae.plan[3 * i + 2], "ranges": [layer[i].range for layer in readers]}
                    for i, level in enumerate(sae.levels)],
-        "text": write_text(directory, model, encoding, text_file) if text_file else 0})
+        "text": len(text_ids)})
+    if text_ids:
+        write_text_page(directory, model, encoding, text_ids)
 
 
 def main():
@@ -274,15 +273,16 @@ def main():
         model, config = load_model(ckpt, pick_device(device))
         if not model.saes():
             raise ValueError(f"{ckpt} is a dense twin: it has no features")
+        encoding, text_ids = get_tokenizer(config["tokenizer"]), []
+        if text:
+            with open(text, encoding="utf-8") as file:
+                text_ids = encoding.encode_ordinary(file.read())[:model.config.block_size - 1]
         source = run_windows(config, split, data)
         windows = source.shuffled(0, max(1, min(tokens // model.config.block_size, len(source))), seed=0)[:, :-1]
         readers, slopes = read(model, windows)
-        write_site(directory, model, get_tokenizer(config["tokenizer"]), windows, readers, slopes, text)
+        write_site(directory, model, encoding, windows, readers, slopes, text_ids)
     print(f"open {os.path.join(os.path.abspath(out), 'index.html')}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        fail(error)
+    run_main(main)

@@ -27,7 +27,7 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from configurator import configure, fail
+from configurator import configure, run_main
 
 # settings, see configurator.py
 source = "fineweb-edu"  # or files and globs of .txt, .jsonl, .parquet, separated by commas; or "python"
@@ -440,24 +440,21 @@ def run_windows(config, split, data_dir=""):
 
 def main():
     config = configure(globals())
-    try:
-        if verify:
-            faults = verify_shards(verify)
-            print("\n".join(faults) or f"{verify}: every shard is as meta.json says")
-            sys.exit(bool(faults))
-        arguments = {key: config[key] for key in ("source", "tokenizer", "tokens", "val_tokens", "shard_tokens", "skip",
-                                                  "shard", "on_error")}
-        for key, low in (("tokens", 1), ("shard_tokens", 1), ("val_tokens", 0), ("skip", 0), ("workers", 0)):
-            if config[key] < low:
-                raise ValueError(f"{key}={config[key]}: must be at least {low}")
-        if on_error not in ("refuse", "replace"):
-            raise ValueError(f"on_error={on_error!r}: must be 'refuse' or 'replace'")
-        meta = prepare(arguments)
-        print(f"{out}: {meta['tokens']['train']:,} train and {meta['tokens']['val']:,} val tokens, "
-              f"{sum(meta['documents'].values()):,} documents, {len(meta['shards'])} shards")
-    except (ValueError, OSError) as error:
-        fail(error)
+    if verify:
+        faults = verify_shards(verify)
+        print("\n".join(faults) or f"{verify}: every shard is as meta.json says")
+        sys.exit(bool(faults))
+    arguments = {key: config[key] for key in ("source", "tokenizer", "tokens", "val_tokens", "shard_tokens", "skip",
+                                              "shard", "on_error")}
+    for key, low in (("tokens", 1), ("shard_tokens", 1), ("val_tokens", 0), ("skip", 0), ("workers", 0)):
+        if config[key] < low:
+            raise ValueError(f"{key}={config[key]}: must be at least {low}")
+    if on_error not in ("refuse", "replace"):
+        raise ValueError(f"on_error={on_error!r}: must be 'refuse' or 'replace'")
+    meta = prepare(arguments)
+    print(f"{out}: {meta['tokens']['train']:,} train and {meta['tokens']['val']:,} val tokens, "
+          f"{sum(meta['documents'].values()):,} documents, {len(meta['shards'])} shards")
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -14,7 +14,7 @@ import re
 
 import torch
 
-from configurator import configure, fail
+from configurator import configure, run_main
 from model import load_model, pick_device
 from prepare_fineweb import get_tokenizer
 
@@ -88,7 +88,4 @@ def sample(model, encoding, prompt, ids):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        fail(error)
+    run_main(main)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 import model
 import train
 from cayley import CayleySAE, Codes, _parity, labels
-from configurator import configure, fail
+from configurator import configure, run_main
 from prepare_fineweb import write_text
 
 # settings, see configurator.py
@@ -98,9 +98,10 @@ class AblatedSAE(CayleySAE):
 
     def encode(self, x):
         codes, left = [], x
+        vectors = (*self.standardization(), self.bias)  # (F,) each
         for i, (level, where) in enumerate(zip(self.levels, self.level_slices)):
             atoms, m = getattr(self, f"atoms_{i}"), self.plan[3 * i + 2]
-            scale, shift, bias = (vector[where] for vector in (*self.standardization(), self.bias))
+            scale, shift, bias = (vector[where] for vector in vectors)
             with torch.no_grad():
                 raw = left @ atoms.T  # (..., 2^n)
                 score = raw * scale + shift + bias
@@ -291,7 +292,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        fail(error)
+    run_main(main)

@@ -84,7 +84,7 @@ def test_losses_and_bits_per_byte(model):
     windows = np.random.default_rng(0).integers(0, 256, (10, 17))
     losses = window_losses(model, windows)
     assert losses[3] == pytest.approx(model(torch.from_numpy(windows[3:4, :-1]), torch.from_numpy(windows[3:4, 1:]))[1].item(), abs=1e-5)
-    scores = loss_scores(model, windows, ENCODING)
+    scores = loss_scores(losses, windows, ENCODING)
     assert scores["bits_per_byte"] == pytest.approx(np.mean(losses) / math.log(2))  # a byte a token
     assert mean_and_error([1, 2, 3, 4]) == pytest.approx((2.5, math.sqrt(5 / 3) / 2))
 

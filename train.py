@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from configurator import configure, fail
+from configurator import configure, run_main
 from model import GPT, GPTConfig, code_statistics, explained, first_nonfinite, load_checkpoint, pick_device
 from muon import MuonAdamW
 from prepare_fineweb import Windows, get_tokenizer, write_json
@@ -429,7 +429,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        fail(error)
+    run_main(main)
