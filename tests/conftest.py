@@ -7,18 +7,38 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent
-TINY = dict(device="cpu", compile=False, n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=257, batch_size=4,
-            gradient_accumulation_steps=4, cayley_levels="5,4,0;8,6,16", max_iters=20, warmup_iters=5, eval_interval=10,
-            eval_iters=4, log_interval=1)
+ROOT = Path(__file__).parents[1]
+TINY = dict(
+    device="cpu",
+    torch_compile=False,
+    n_layer=2,
+    n_head=2,
+    n_embd=32,
+    block_size=32,
+    vocab_size=257,
+    batch_size=4,
+    gradient_accumulation_steps=4,
+    cayley_levels="5,4,0;8,6,16",
+    max_iters=20,
+    warmup_iters=5,
+    eval_interval=10,
+    eval_iters=4,
+    log_interval=1,
+)
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
 def make_data(directory):
     """Byte tokens of Python's own text in directory."""
-    subprocess.run([sys.executable, ROOT / "prepare_fineweb.py", "--source=python", "--tokenizer=bytes", f"--out={directory}",
-                    "--val_tokens=20000", "--tokens=200000"], check=True, capture_output=True)
+    command = [sys.executable, ROOT / "prepare_fineweb.py", "--source=python", "--tokenizer=bytes"]
+    command += [f"--out_dir={directory}", "--val_tokens=20000", "--tokens=200000"]
+    subprocess.run(command, check=True, capture_output=True)
     return directory
+
+
+def arguments(settings):
+    """A dict as a script takes it: ["--key=value", ...]."""
+    return [f"--{key}={value}" for key, value in settings.items()]
 
 
 def train_command(data_dir, out_dir, ranks=1, /, **settings):
@@ -27,15 +47,17 @@ def train_command(data_dir, out_dir, ranks=1, /, **settings):
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     settings = {**TINY, "out_dir": out_dir, "data_dir": data_dir, **settings}
-    return launcher + [ROOT / "train.py"] + [f"--{key}={value}" for key, value in settings.items()]
+    return [*launcher, ROOT / "train.py", *arguments(settings)]
 
 
 def run_training(*args, **settings):
-    return subprocess.run(train_command(*args, **settings), capture_output=True, text=True, env=ENVIRONMENT)
+    command = train_command(*args, **settings)
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
 
 
 def run_script(*command):
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=ENVIRONMENT)
+    command = [sys.executable, *command]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
 
 
 def log_rows(out_dir, column="loss"):
@@ -46,9 +68,18 @@ def log_rows(out_dir, column="loss"):
 
 def largest_difference(one, other, columns=("loss", "val_loss")):
     """Of two runs' rows, which must be of the same iterations."""
-    rows = [(log_rows(one, column), log_rows(other, column)) for column in columns]
-    assert all(a.keys() == b.keys() and a for a, b in rows)
-    return max(abs(float(a[it]) - float(b[it])) for a, b in rows for it in a)
+    differences = []
+    for column in columns:
+        a = log_rows(one, column)
+        b = log_rows(other, column)
+        assert a and a.keys() == b.keys()
+        differences += [abs(float(a[it]) - float(b[it])) for it in a]
+    return max(differences)
+
+
+def contents(directory):
+    """{name: bytes} of a directory's files."""
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,227 @@
+"""Every wrong invocation ends with status 1 and one line that names the value and what would be right."""
+import runpy
+import shlex
+import sys
+
+import pytest
+
+from conftest import ROOT, TINY, arguments, contents
+
+# A row: what is wrong on the command line, and words of the error line.
+TRAIN = [
+    ("--n_layers=2", "'n_layers'", "'n_layer'"),
+    ("--batch_size=2.5", "batch_size=2.5 must be int"),
+    ("--torch_compile=1", "torch_compile=1 must be bool"),
+    ("--muon_lr=high", "muon_lr='high' must be float"),
+    ("--muon_lr=-0.1", "muon_lr=-0.1", "not be negative"),
+    ("--max_iters=-5", "max_iters=-5", "at least 1"),
+    ("--eval_interval=0", "eval_interval=0", "at least 1"),
+    ("--batch_size=0", "batch_size=0", "at least 1"),
+    ("--n_layer=0", "n_layer=0", "at least 1"),
+    ("--block_size=-1", "block_size=-1", "at least 1"),
+    ("--lr_schedule=step", "lr_schedule='step'", "'cosine'"),
+    ("--dtype=float16", "dtype='float16'", "'bfloat16'"),
+    ("--init_from=gpt2", "init_from='gpt2'", "'resume'"),
+    ("--warmdown_frac=2.0", "warmdown_frac=2.0", "0 to 1"),
+    ("--device=cuda", "device='cuda'", "--device=cpu"),
+    ("--device=tpu", "device='tpu'", "'cpu'"),
+    ("--data_dir=nowhere", "nowhere/meta.json is missing", "prepare_fineweb.py"),
+    ("--vocab_size=100", "vocab_size=100", "257"),
+    ("--block_size=100000", "block_size + 1 = 100001"),
+    ("--n_embd=48", "n_embd=48", "power of two"),
+    ("--n_embd=8 --cayley_levels=3,2,0", "n_embd=8", "16 to 4096"),
+    ("--n_head=5", "n_embd=32 is not a multiple of n_head=5"),
+    ("--cayley_levels=5,4,0;8,6", "'8,6'", "n,k,delta"),
+    ("--cayley_levels=5,4,0;8,40,16", "'8,40,16'", "1 to the 16"),
+    ("--cayley_levels=5,40,0", "'5,40,0'", "1 to the 32"),
+    ("--cayley_levels=6,4,0", "'6,4,0'", "= 5"),
+    ("--cayley_levels=5,4,0;16,4,2048", "'16,4,2048'", "15 bits"),
+    ("--cayley_levels=5,4,0;8,4,12", "'8,4,12'", "power of two"),
+    ("--init_from=resume", "last.pt: no such checkpoint"),
+    ("--wandb_log=True", "wandb"),
+    ("--final_evals --final_evals_args=--lambada=nothing.jsonl", "nothing.jsonl: no such file"),
+    ("--final_evals --final_evals_args=--lambda=hub", "'lambda'", "'lambada'"),
+]
+SAMPLE = [
+    ("--ckpt=nothing.pt", "nothing.pt: no such checkpoint"),
+    (f"--ckpt={ROOT}/README.md", "README.md: not a readable checkpoint"),
+    ("--start=" + "x" * 40, "41 tokens", "block_size=32"),
+    ("--start=FILE:nothing.txt", "nothing.txt"),
+    ("--temperature=-1", "temperature=-1", "not be negative"),
+    ("--num_samples=0", "num_samples=0", "at least 1"),
+    ("--temprature=1", "'temprature'", "'temperature'"),
+    ("--num_samples=two", "num_samples='two' must be int"),
+    ("--ckpt", "--ckpt needs a value"),
+    ("--device=cuda", "device='cuda'", "--device=cpu"),
+    ("ckpt.pt", "'ckpt.pt'", "--key=value"),
+    ("--steer=1.1", "'1.1'", "layer.level.feature=+8"),
+    ("--steer=1.1.3", "'1.1.3'", "layer.level.feature=+8"),
+    ("--ablate=2.0.0", "'2.0.0'", "2 layers"),
+    ("--ablate=1.2.0", "'1.2.0'", "2 levels"),
+    ("--ablate=1.1.256", "'1.1.256'", "256 features"),
+]
+TOO_FEW = "val_tokens=1000000000", "lower --val_tokens"
+PREPARE = [
+    ("--source=nowhere/*.jsonl --tokenizer=bytes", "nowhere/*.jsonl", "no such file"),
+    ("--source=text.csv --tokenizer=bytes", "text.csv", ".parquet"),
+    ("--source=python --tokenizer=gpt4", "tokenizer='gpt4'", "'bytes'"),
+    ("--source=python --tokenizer=bytes --val_tokens=-1", "val_tokens=-1", "at least 0"),
+    ("--source=python --tokenizer=bytes --tokens=0", "tokens=0", "at least 1"),
+    ("--source=python --tokenizer=bytes --val_tokens=1e9", *TOO_FEW),
+    ("--source=python --shard=4/4 --tokenizer=bytes", "shard='4/4'", "0 <= i < n"),
+    ("--source=python --on-error=ignore", "on_error='ignore'", "'replace'"),
+    ("--sorce=python", "'sorce'", "'source'"),
+    ("--verify=nowhere", "nowhere/meta.json is missing"),
+]
+EVALS = [
+    ("--hellaswag=nothing.jsonl", "nothing.jsonl: no such file"),
+    ("--n_windows=1", "n_windows=1", "at least 2"),
+    ("--data_dir=nowhere", "nowhere/meta.json is missing"),
+    ("--vs=nothing.pt", "nothing.pt: no such checkpoint"),
+    (f"--lambada={ROOT}/README.md", "README.md: not a .jsonl file"),
+]
+FEATURES = [
+    ("--tokens=0", "tokens=0", "at least 1"),
+    ("--text=nothing.txt", "nothing.txt: no such file"),
+    ("--data_dir=nowhere", "nowhere/meta.json is missing"),
+    (f"--out_dir={ROOT}/configs", "configs is there already", "another --out_dir"),
+]
+EXPORT = [
+    ("--export_format=onnx", "export_format='onnx'", "saelens"),
+    (f"--out_dir={ROOT}/configs", "configs is there already", "another --out_dir"),
+]
+TAX = [
+    ("--config=nothing.py", "nothing.py: no such config"),
+    ("--seeds=0", "seeds=0", "at least 1"),
+    ("'--variant=k 4: cayley_levels'", "'cayley_levels'", "key=value"),
+]
+BENCH = [
+    ("--section=speed", "section='speed'", "layer"),
+    ("--dtype=fp8", "dtype='fp8'", "'bf16'"),
+]
+CONFIG = [
+    ("n_layer = 'two'", "n_layer='two' must be int"),
+    ("n_layer = (", "config", "never closed"),
+    ("layers = 3", "'layers'", "'n_layer'"),
+    ("n_layer = undefined", "'undefined'"),
+]
+RENAMED = [
+    ("train.py", "compile", "torch_compile"),
+    ("bench.py", "compile", "torch_compile"),
+    ("bench.py", "json", "json_file"),
+    ("bench.py", "model", "model_name"),
+    ("export.py", "format", "export_format"),
+    ("export.py", "data", "data_dir"),
+    ("export.py", "out", "out_dir"),
+    ("features.py", "data", "data_dir"),
+    ("features.py", "out", "out_dir"),
+    ("prepare_fineweb.py", "out", "out_dir"),
+]
+
+
+@pytest.fixture
+def fails(monkeypatch, capfd, tmp_path):
+    """Run a script in this process with arguments that are wrong -> its one line of error."""
+
+    def invoke(script, *command):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, command)])
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        error = capfd.readouterr().err
+        lines = [line for line in error.splitlines() if line.startswith(script)]
+        assert end.value.code == 1 and len(lines) == 1 and "Traceback" not in error, error
+        return lines[0]
+
+    return invoke
+
+
+def check_words(line, words):
+    missing = [word for word in words if word not in line]
+    assert not missing, line
+
+
+def of_scripts(**tables):
+    """Rows of several scripts' tables for parametrize, (script, command, words)."""
+    return [(f"{name}.py", row[0], row[1:]) for name, table in tables.items() for row in table]
+
+
+@pytest.mark.parametrize("script, command, words", of_scripts(train=TRAIN))
+def test_train(fails, data_dir, tmp_path, script, command, words):
+    settings = {**TINY, "data_dir": data_dir, "out_dir": tmp_path / "run"}
+    check_words(fails(script, *arguments(settings), *shlex.split(command)), words)
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
+@pytest.mark.parametrize("script, text, words", of_scripts(train=CONFIG))
+def test_config_file(fails, tmp_path, script, text, words):
+    (tmp_path / "c.py").write_text(text)
+    check_words(fails(script, tmp_path / "c.py"), words)
+
+
+@pytest.mark.parametrize(
+    "script, command, words", of_scripts(sample=SAMPLE, evals=EVALS, features=FEATURES)
+)
+def test_scripts_that_read_a_checkpoint(fails, trained, script, command, words):
+    ckpt = f"--ckpt={trained / 'ckpt.pt'}"
+    check_words(fails(script, ckpt, "--device=cpu", *shlex.split(command)), words)
+    assert not (trained / "evals.json").exists()
+
+
+@pytest.mark.parametrize(
+    "script, command, words",
+    of_scripts(prepare_fineweb=PREPARE, bench=BENCH, tax=TAX, export=EXPORT),
+)
+def test_other_scripts(fails, tmp_path, script, command, words):
+    extra = {
+        "prepare_fineweb.py": [f"--out_dir={tmp_path / 'bins'}"],
+        "tax.py": [f"--config={ROOT / 'configs/demo.py'}"],
+    }
+    check_words(fails(script, *extra.get(script, []), *shlex.split(command)), words)
+
+
+@pytest.mark.parametrize("script, old, new", RENAMED)
+def test_an_old_setting_name_is_refused_with_the_new_one(fails, script, old, new):
+    check_words(fails(script, f"--{old}=1"), [repr(old), repr(new)])
+
+
+def test_an_old_setting_name_in_a_config_file(fails, tmp_path):
+    (tmp_path / "c.py").write_text("compile = False\n")
+    check_words(fails("train.py", tmp_path / "c.py"), ["c.py", "'compile'", "'torch_compile'"])
+
+
+def test_accumulation_must_be_a_multiple_of_the_ranks(fails, data_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    settings = {**TINY, "data_dir": data_dir, "out_dir": tmp_path / "run"}
+    line = fails("train.py", *arguments(settings))
+    assert "gradient_accumulation_steps=4 is not a multiple of the 3 ranks" in line
+
+
+LEVELS = "cayley_levels='5,4,0;8,6,16', not '5,4,0;8,6,32'"
+
+
+@pytest.mark.parametrize("command, words", [
+    ("", ["last.pt is there already", "--init_from=resume"]),
+    ("--init_from=resume --n_layer=3", ["n_layer=2, not 3"]),
+    ("--init_from=resume --cayley_levels=5,4,0;8,6,32", [LEVELS]),
+])
+def test_existing_run(fails, trained, data_dir, command, words):
+    before = contents(trained)
+    settings = {**TINY, "data_dir": data_dir, "out_dir": trained}
+    check_words(fails("train.py", *arguments(settings), *shlex.split(command)), words)
+    assert before == contents(trained)
+
+
+def test_damaged_checkpoint_is_refused_and_the_other_offered(fails, trained, data_dir, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    whole = (trained / "last.pt").read_bytes()
+    (run / "ckpt.pt").write_bytes(whole)
+    settings = {**TINY, "data_dir": data_dir, "out_dir": run, "init_from": "resume"}
+    altered = bytearray(whole)
+    altered[len(whole) // 2] ^= 1
+    for damaged in (whole[:len(whole) // 2], bytes(altered), b""):
+        (run / "last.pt").write_bytes(damaged)
+        line = fails("train.py", *arguments(settings))
+        check_words(line, ["last.pt: not a readable checkpoint", "ckpt.pt is there"])
