@@ -6,10 +6,10 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import prepare_fineweb
-from conftest import ROOT
-from prepare_fineweb import Windows, get_tokenizer, permute, read_meta
+from data import Windows, get_tokenizer, permute, read_meta
 
 SHARED = ROOT.parent / "shared"
 DOCUMENTS = ["Hello world. ", "a literal <|endoftext|> is text", "naïve café 日本語 🙂", "x" * 1000, "last\n"]
@@ -41,7 +41,7 @@ def prepared(tmp_path_factory):
     """DOCUMENTS 20 times over as byte tokens, in shards that cut documents."""
     directory = tmp_path_factory.mktemp("data")
     source = write_jsonl(directory / "text.jsonl", DOCUMENTS * 20)
-    run = prepare(f"--source={source}", "--tokenizer=bytes", f"--out={directory / 'bins'}", "--val_tokens=1500",
+    run = prepare(f"--source={source}", "--tokenizer=bytes", f"--out_dir={directory / 'bins'}", "--val_tokens=1500",
                   "--shard_tokens=4000")
     assert run.returncode == 0, run.stderr
     return directory / "bins"
@@ -62,7 +62,7 @@ def test_gpt2_round_trip_of_fineweb_edu(tmp_path):
     sample = SHARED / "data" / "fineweb_edu_sample.jsonl"
     if not sample.exists():
         pytest.skip(f"{sample} is not here")
-    run = prepare(f"--source={sample}", f"--out={tmp_path / 'bins'}", "--val_tokens=10000", "--shard_tokens=30000",
+    run = prepare(f"--source={sample}", f"--out_dir={tmp_path / 'bins'}", "--val_tokens=10000", "--shard_tokens=30000",
                   TIKTOKEN_CACHE_DIR=str(SHARED / "tiktoken_cache"))
     assert run.returncode == 0, run.stderr
     texts = [json.loads(line)["text"] for line in sample.read_text().splitlines()]
@@ -79,7 +79,7 @@ def test_txt_parquet_and_globs(tmp_path):
     for i, text in enumerate(DOCUMENTS):
         (tmp_path / f"{i}.txt").write_text(text, encoding="utf-8")
     pyarrow.parquet.write_table(pyarrow.table({"text": DOCUMENTS}), tmp_path / "all.parquet")
-    run = prepare(f"--source={tmp_path}/*.txt,{tmp_path}/all.parquet", "--tokenizer=bytes", f"--out={tmp_path / 'bins'}",
+    run = prepare(f"--source={tmp_path}/*.txt,{tmp_path}/all.parquet", "--tokenizer=bytes", f"--out_dir={tmp_path / 'bins'}",
                   "--val_tokens=50")
     assert run.returncode == 0, run.stderr
     assert split_documents(read_bins(tmp_path / "bins"), get_tokenizer("bytes")) == DOCUMENTS * 2
@@ -87,7 +87,7 @@ def test_txt_parquet_and_globs(tmp_path):
 
 def test_tokens_limits_the_stream(tmp_path):
     source = write_jsonl(tmp_path / "text.jsonl", DOCUMENTS * 20)
-    run = prepare(f"--source={source}", "--tokenizer=bytes", f"--out={tmp_path / 'bins'}", "--val_tokens=100", "--tokens=1000")
+    run = prepare(f"--source={source}", "--tokenizer=bytes", f"--out_dir={tmp_path / 'bins'}", "--val_tokens=100", "--tokens=1000")
     assert run.returncode == 0, run.stderr
     assert len(read_bins(tmp_path / "bins")) == 1000
 
@@ -107,7 +107,7 @@ def test_a_stopped_preparation_goes_on_to_the_same_bytes(prepared, tmp_path):
             (out / "meta.json").write_text(json.dumps({**meta, "shards": kept, "tokens": counts, "complete": False}))
         (out / f"{meta['shards'][n_kept]['file']}.tmp").write_bytes(b"half")
         arguments = [f"--{key}={value}" for key, value in meta["arguments"].items()]
-        run = prepare(*arguments, f"--out={out}")
+        run = prepare(*arguments, f"--out_dir={out}")
         assert run.returncode == 0, run.stderr
         for shard in meta["shards"]:
             assert (out / shard["file"]).read_bytes() == (prepared / shard["file"]).read_bytes()
@@ -116,7 +116,7 @@ def test_a_stopped_preparation_goes_on_to_the_same_bytes(prepared, tmp_path):
 def test_other_arguments_never_touch_an_existing_directory(prepared):
     before = {path.name: path.read_bytes() for path in prepared.iterdir()}
     arguments = {**read_meta(prepared)["arguments"], "val_tokens": 1600}
-    run = prepare(*[f"--{key}={value}" for key, value in arguments.items()], f"--out={prepared}")
+    run = prepare(*[f"--{key}={value}" for key, value in arguments.items()], f"--out_dir={prepared}")
     assert run.returncode == 1 and "val_tokens=1500, not 1600" in run.stderr and run.stderr.count("\n") == 1
     assert before == {path.name: path.read_bytes() for path in prepared.iterdir()}
 
@@ -138,7 +138,7 @@ def test_empty_and_foreign_rows_are_counted_and_skipped(tmp_path):
     source = tmp_path / "text.jsonl"
     rows = [{"text": "one"}, {"text": ""}, {"text": None}, {"text": 5}, {"text": "lone \ud800 surrogate"}, {"text": "two"}]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run = prepare(f"--source={source}", "--tokenizer=bytes", f"--out={tmp_path / 'bins'}", "--val_tokens=4")
+    run = prepare(f"--source={source}", "--tokenizer=bytes", f"--out_dir={tmp_path / 'bins'}", "--val_tokens=4")
     assert run.returncode == 0, run.stderr
     assert split_documents(read_bins(tmp_path / "bins"), get_tokenizer("bytes")) == ["one", "lone \ufffd surrogate", "two"]
     assert read_meta(tmp_path / "bins")["skipped_documents"] == 3
@@ -150,10 +150,10 @@ def test_killed_at_any_moment_and_started_again(tmp_path, workers):
     source = write_jsonl(tmp_path / "text.jsonl", DOCUMENTS * 4000)
     arguments = [f"--source={source}", "--tokenizer=bytes", "--val_tokens=1e5", "--shard_tokens=5e4", f"--workers={workers}"]
     out, whole = tmp_path / "killed", tmp_path / "whole"
-    assert prepare(*arguments, f"--out={whole}").returncode == 0
+    assert prepare(*arguments, f"--out_dir={whole}").returncode == 0
     kills = 0
     for attempt in range(40):
-        process = subprocess.Popen([sys.executable, ROOT / "prepare_fineweb.py", *arguments, f"--out={out}"],
+        process = subprocess.Popen([sys.executable, ROOT / "prepare_fineweb.py", *arguments, f"--out_dir={out}"],
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             process.wait(0.4 + 0.05 * attempt)
@@ -175,27 +175,27 @@ def test_parts_are_disjoint_and_in_order(tmp_path, n):
     source = f"{tmp_path / 'a.txt'},{write_jsonl(tmp_path / 'text.jsonl', texts)}"
     outs = [tmp_path / str(i) for i in range(n)]
     for i, out in enumerate(outs):
-        run = prepare(f"--source={source}", "--tokenizer=bytes", f"--out={out}", f"--shard={i}/{n}", f"--val_tokens={100 * (i == 0)}")
+        run = prepare(f"--source={source}", "--tokenizer=bytes", f"--out_dir={out}", f"--shard={i}/{n}", f"--val_tokens={100 * (i == 0)}")
         assert run.returncode == 0, run.stderr
     tokens = np.concatenate([read_bins(out) for out in outs])
     assert split_documents(tokens, get_tokenizer("bytes")) == ["a text file"] + texts
     together = Windows(",".join(map(str, outs)), "train", 8)
     assert len(together) == sum(len(Windows(str(out), "train", 8)) for out in outs)
-    run = prepare(f"--source={source}", "--tokenizer=bytes", f"--out={tmp_path / 'skip'}", "--skip=4", "--val_tokens=0")
+    run = prepare(f"--source={source}", "--tokenizer=bytes", f"--out_dir={tmp_path / 'skip'}", "--skip=4", "--val_tokens=0")
     assert run.returncode == 0 and split_documents(read_bins(tmp_path / "skip"), get_tokenizer("bytes")) == texts[3:]
 
 
 def test_invalid_utf8_is_reported_and_refused_or_replaced(tmp_path):
     source = tmp_path / "text.txt"
     source.write_bytes(b"good\nbad \xff here\n")
-    arguments = [f"--source={source}", "--tokenizer=bytes", f"--out={tmp_path / 'bins'}", "--val_tokens=2"]
+    arguments = [f"--source={source}", "--tokenizer=bytes", f"--out_dir={tmp_path / 'bins'}", "--val_tokens=2"]
     run = prepare(*arguments)
     assert run.returncode == 1 and "text.txt, line 2: invalid UTF-8 (byte 4 is 0xff)" in run.stderr
     run = prepare(*arguments, "--on-error=replace")
     assert run.returncode == 0 and "text.txt, line 2" in run.stderr
     assert split_documents(read_bins(tmp_path / "bins"), get_tokenizer("bytes")) == ["good\nbad \ufffd here\n"]
     (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n{"text": \n')
-    run = prepare(f"--source={tmp_path / 'bad.jsonl'}", "--tokenizer=bytes", f"--out={tmp_path / 'other'}")
+    run = prepare(f"--source={tmp_path / 'bad.jsonl'}", "--tokenizer=bytes", f"--out_dir={tmp_path / 'other'}")
     assert run.returncode == 1 and "bad.jsonl, line 2: not JSON" in run.stderr.splitlines()[-1]
 
 
@@ -261,6 +261,6 @@ def test_reading_reports_missing_and_short_shards(prepared, tmp_path):
 
 
 def test_missing_gpt2_files_without_a_network(tmp_path):
-    run = prepare("--source=python", f"--out={tmp_path / 'bins'}", TIKTOKEN_CACHE_DIR=str(tmp_path / "empty"),
+    run = prepare("--source=python", f"--out_dir={tmp_path / 'bins'}", TIKTOKEN_CACHE_DIR=str(tmp_path / "empty"),
                   https_proxy="http://127.0.0.1:9", HTTPS_PROXY="http://127.0.0.1:9")
     assert run.returncode == 1 and "TIKTOKEN_CACHE_DIR" in run.stderr and "Traceback" not in run.stderr
