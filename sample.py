@@ -6,20 +6,22 @@ Samples text from a checkpoint of train.py.
     python sample.py --ckpt out/demo/ckpt.pt --start FILE:prompt.txt
     python sample.py --ckpt out/demo/ckpt.pt --steer 2.1.517=+8 --ablate 0.0.3 --compare
 
---steer layer.level.feature=+8 adds 8 to a feature's code at every token (=-8 subtracts, =8 sets it), --ablate sets it
-to 0; both can be given more than once. The MLP's input changes by exactly the feature's atom times the change.
+--steer layer.level.feature=+8 adds 8 to a feature's code at every token (=-8 subtracts, =8 sets
+it), --ablate sets it to 0; both can be given more than once. The MLP's input changes by exactly the
+feature's atom times the change.
 """
 import codecs
 import re
 
 import torch
 
+from cayley import Edit
 from configurator import configure, run_main
+from data import get_tokenizer, read_text
 from model import load_model, pick_device
-from prepare_fineweb import get_tokenizer
 
 # settings, see configurator.py
-ckpt = "out/ckpt.pt"
+ckpt = "out/ckpt.pt"  # or a directory with a ckpt.pt
 start = ""  # prompt, or FILE:path; end of text (a new document) comes before it
 num_samples = 3
 max_new_tokens = 300
@@ -33,58 +35,85 @@ compare = False  # show the text without steer and ablate first
 use_cache = True  # keys and values of earlier tokens; the text is the same without
 
 
+def check_settings():
+    """Raise ValueError for a setting that makes no sense, before anything is loaded."""
+    for key in ("temperature", "top_k", "max_new_tokens"):
+        if globals()[key] < 0:
+            raise ValueError(f"{key}={globals()[key]}: must not be negative")
+    if num_samples < 1:
+        raise ValueError(f"num_samples={num_samples}: must be at least 1")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed}: must be from 0 to 2^63 - 1")
+    if any("=" not in text for text in steer) or any("=" in text for text in ablate):
+        raise ValueError("--steer takes layer.level.feature=+8 and --ablate layer.level.feature, "
+                         f"not {steer + ablate}")
+
+
 def parse_edit(text, saes):
-    """"layer.level.feature", with "=+8", "=-8" or "=8" behind to steer -> layer and the edit for CayleySAE.edits."""
+    """
+    "layer.level.feature", to steer with "=+8", "=-8" or "=8" behind -> layer, Edit of its codes.
+
+    Raises ValueError naming a text of another form, or what the model does not have.
+    """
     match = re.fullmatch(r"(\d+)\.(\d+)\.(\d+)(?:=([+-]?)(\d+(?:\.\d*)?))?", text)
     if not match:
-        raise ValueError(f"{text!r}: write layer.level.feature=+8 to steer and layer.level.feature to ablate")
-    layer, level, feature = map(int, match.groups()[:3])
-    for name, value, count in (("layer", layer, len(saes)), ("level", level, len(saes[0].levels) if saes else 0)):
-        if value >= count:
-            raise ValueError(f"{text!r}: the model has {count} {name}s with features, counted from 0")
-    if feature >= 2 ** saes[layer].levels[level].n:
-        raise ValueError(f"{text!r}: level {level} has {2 ** saes[layer].levels[level].n} features, counted from 0")
-    sign, number = match.groups()[3:]
-    return layer, (level, feature, 1 if sign else 0, float(sign + number) if number else 0.0)
-
-
-def main():
-    configure(globals())
-    if temperature < 0 or top_k < 0 or num_samples < 1 or max_new_tokens < 0:
-        raise ValueError(f"temperature={temperature}, top_k={top_k}, max_new_tokens={max_new_tokens} must not be negative, "
-                         f"and num_samples={num_samples} must be at least 1")
-    target = pick_device(device)
-    prompt = start
-    if start.startswith("FILE:"):
-        with open(start[5:], encoding="utf-8") as file:
-            prompt = file.read()
-    model, config = load_model(ckpt, target)
-    encoding = get_tokenizer(config["tokenizer"])
-    ids = [encoding.eot_token] + encoding.encode_ordinary(prompt)
-    if len(ids) > model.config.block_size:
-        raise ValueError(f"the prompt has {len(ids)} tokens with end of text, more than block_size={model.config.block_size}")
-    edits = [parse_edit(text, model.saes()) for text in steer + ablate]
-    if any("=" not in text for text in steer) or any("=" in text for text in ablate):
-        raise ValueError(f"--steer takes layer.level.feature=+8 and --ablate layer.level.feature, not {steer + ablate}")
-    for steered in (False, True) if edits and compare else (bool(edits),):
-        if edits:
-            print(f"=== {'steered' if steered else 'as trained'}")
-        for layer, sae in enumerate(model.saes()):
-            sae.edits = [edit for where, edit in edits if steered and where == layer]
-        sample(model, encoding, prompt, ids)
+        raise ValueError(f"{text!r}: write layer.level.feature=+8 to steer and layer.level.feature "
+                         "to ablate")
+    *path, sign, number = match.groups()
+    layer, level, feature = map(int, path)
+    if layer >= len(saes):
+        raise ValueError(f"{text!r}: the model has {len(saes)} layers with features, counted from "
+                         "0")
+    n_levels = len(saes[layer].levels)
+    if level >= n_levels:
+        raise ValueError(f"{text!r}: the model has {n_levels} levels with features, counted from 0")
+    n_features = 2 ** saes[layer].levels[level].n
+    if feature >= n_features:
+        raise ValueError(f"{text!r}: level {level} has {n_features} features, counted from 0")
+    keep = 1 if sign else 0
+    add = float(sign + number) if number else 0.0
+    return layer, Edit(level, feature, keep, add)
 
 
 def sample(model, encoding, prompt, ids):
     """Print num_samples texts that continue ids."""
     target = model.wte.weight.device
     generator = torch.Generator(target).manual_seed(seed)
+    idx = torch.tensor([ids], device=target)
     for _ in range(num_samples):
         print(prompt, end="", flush=True)
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a token may end inside a character
-        for token in model.stream(torch.tensor([ids], device=target), max_new_tokens, temperature, top_k or None,
-                                  use_cache, encoding.n_vocab, generator):
-            print(decoder.decode(encoding.decode_single_token_bytes(token.item())), end="", flush=True)
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a token may end inside
+        tokens = model.stream(idx, max_new_tokens, temperature, top_k or None, use_cache,
+                              encoding.n_vocab, generator)
+        for token in tokens:
+            text = decoder.decode(encoding.decode_single_token_bytes(token.item()))
+            print(text, end="", flush=True)
         print(decoder.decode(b"", final=True) + "\n" + "-" * 80)
+
+
+def main():
+    configure(globals())
+    check_settings()
+    target = pick_device(device)
+    prompt = read_text(start[5:]) if start.startswith("FILE:") else start
+    model, config = load_model(ckpt, target)
+    encoding = get_tokenizer(config["tokenizer"])
+    ids = [encoding.eot_token] + encoding.encode_ordinary(prompt)
+    block_size = model.config.block_size
+    if len(ids) > block_size:
+        raise ValueError(f"the prompt has {len(ids)} tokens with end of text, more than "
+                         f"block_size={block_size}")
+    edits = [parse_edit(text, model.saes()) for text in steer + ablate]
+    if not edits:
+        sample(model, encoding, prompt, ids)
+        return
+    if compare:
+        print("=== as trained")
+        sample(model, encoding, prompt, ids)
+    for layer, edit in edits:
+        model.saes()[layer].edits.append(edit)
+    print("=== steered")
+    sample(model, encoding, prompt, ids)
 
 
 if __name__ == "__main__":
