@@ -1,12 +1,14 @@
 """
-A GPT whose MLPs read the residual only through a sparse code: RMSNorm -> CayleySAE -> MLP in every block.
+A GPT whose MLPs read the residual only through a sparse code: RMSNorm -> CayleySAE -> MLP.
 
-nanoGPT's model otherwise: RMSNorm, causal attention, GELU MLP, no biases in linear layers, learned absolute
-positions, tied embeddings. Without cayley_levels it is the dense twin.
+nanoGPT's model otherwise: RMSNorm, causal attention, GELU MLP, no biases in linear layers, learned
+absolute positions, tied embeddings. Without cayley_levels it is the dense twin.
 
 Shapes: B sequences of T tokens, C = n_embd, V = vocab_size, H heads of D = C / H.
 """
+import contextlib
 import math
+import os
 import zipfile
 from dataclasses import dataclass, fields
 
@@ -31,25 +33,33 @@ class GPTConfig:
 
     def __post_init__(self):
         for field in fields(self):
-            if field.type is int and getattr(self, field.name) < 1:
-                raise ValueError(f"{field.name}={getattr(self, field.name)}: must be at least 1")
+            value = getattr(self, field.name)
+            if field.type is int and value < 1:
+                raise ValueError(f"{field.name}={value}: must be at least 1")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
 
 
 class KVCache:
-    """Keys and values of the tokens that a model has read, for up to block_size of them; reset() forgets them."""
+    """
+    Keys and values of the tokens that a model has read, up to block_size of them.
+
+    reset() forgets them.
+    """
 
     def __init__(self, config, batch_size, device, dtype):
-        shape = (config.n_layer, 2, batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
-        self.kv, self.length = torch.empty(shape, device=device, dtype=dtype), 0
+        D = config.n_embd // config.n_head
+        shape = (config.n_layer, 2, batch_size, config.n_head, config.block_size, D)
+        self.kv = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0
 
     def append(self, layer, k, v):
         """Add k, v (B, H, T, D) of new tokens -> those of all tokens so far."""
+        keys, values = self.kv[layer]  # (B, H, block_size, D)
         end = self.length + k.shape[2]
-        self.kv[layer, 0, :, :, self.length:end] = k
-        self.kv[layer, 1, :, :, self.length:end] = v
-        return self.kv[layer, 0, :, :, :end].to(k.dtype), self.kv[layer, 1, :, :, :end].to(k.dtype)
+        keys[:, :, self.length:end] = k
+        values[:, :, self.length:end] = v
+        return keys[:, :, :end].to(k.dtype), values[:, :, :end].to(v.dtype)
 
     def reset(self):
         self.length = 0
@@ -65,13 +75,17 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, cache=None, layer=None):
         B, T, C = x.shape
-        q, k, v = (y.view(B, T, self.n_head, -1).transpose(1, 2) for y in self.c_attn(x).split(C, dim=2))  # (B, H, T, D)
+        q, k, v = self.c_attn(x).split(C, dim=2)
+        q = q.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
+        k = k.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
+        v = v.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
         if cache is not None:
             k, v = cache.append(layer, k, v)
+        n_keys = k.shape[2]
         mask = None
-        if 1 < T < k.shape[2]:  # new tokens after cached ones
-            mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - T)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == k.shape[2])
+        if 1 < T < n_keys:  # new tokens after cached ones: is_causal would align the wrong corner
+            mask = torch.ones(T, n_keys, dtype=torch.bool, device=x.device).tril(n_keys - T)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == n_keys)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -95,8 +109,13 @@ class Block(nn.Module):
         self.ln_2 = nn.RMSNorm(config.n_embd, eps=1e-6)
         self.sae = nn.Identity()
         if config.cayley_levels:
-            self.sae = CayleySAE(config.n_embd, config.cayley_levels, config.per_parent_budget,
-                                 config.score_standardize, config.forward_standardized)
+            self.sae = CayleySAE(
+                config.n_embd,
+                config.cayley_levels,
+                config.per_parent_budget,
+                config.score_standardize,
+                config.forward_standardized,
+            )
         self.mlp = MLP(config)
 
     def forward(self, x, cache=None, layer=None):
@@ -116,74 +135,108 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.wte.weight  # https://paperswithcode.com/method/weight-tying
         for name, p in self.named_parameters():
-            if p.dim() == 2:  # GPT-2: the residual stream is a sum of 2 * n_layer projections
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if "c_proj" in name else 0.02)
+            if p.dim() == 2:
+                std = 0.02
+                if "c_proj" in name:  # GPT-2: the residual stream is a sum of 2 * n_layer of these
+                    std = 0.02 / math.sqrt(2 * config.n_layer)
+                nn.init.normal_(p, std=std)
 
     def saes(self):
         """The CayleySAE of every block, in order; none in the dense twin."""
         return [block.sae for block in self.blocks if isinstance(block.sae, CayleySAE)]
 
     def get_num_params(self):
-        """Number of parameters without positions and SAE biases, as the reference counts them."""
+        """Number of parameters without positions and SAE biases, as the published models count."""
         uncounted = self.wpe.weight.numel() + sum(sae.bias.numel() for sae in self.saes())
         return sum(p.numel() for p in self.parameters()) - uncounted
 
-    def forward(self, idx, targets=None, cache=None):
+    def forward(self, idx, targets=None, cache=None, n_logits=1):
         """
-        idx (B, T) token ids; targets (B, T), -1 where there is none; cache: a KVCache holding the tokens before idx.
+        idx (B, T) token ids; targets (B, T), -1 where there is none; cache: a KVCache holding the
+        tokens before idx.
 
-        Returns logits and loss: with targets the logits (B, T, V) and the mean cross-entropy in nats per token,
-        without them the logits of the last position (B, 1, V) and None. Raises ValueError beyond block_size.
+        Returns logits and loss: with targets the logits (B, T, V) and the mean cross-entropy in
+        nats per token; without them the logits of the last n_logits positions (0: of all) and None.
+        Raises ValueError beyond block_size.
         """
         start = cache.length if cache is not None else 0
         T = idx.shape[1]
         if start + T > self.config.block_size:
-            raise ValueError(f"{start + T} tokens do not fit in block_size={self.config.block_size}")
-        x = self.wte(idx) + self.wpe(torch.arange(start, start + T, device=idx.device))  # (B, T, C)
+            block_size = self.config.block_size
+            raise ValueError(f"{start + T} tokens do not fit in block_size={block_size}")
+        positions = torch.arange(start, start + T, device=idx.device)
+        x = self.wte(idx) + self.wpe(positions)  # (B, T, C)
         for layer, block in enumerate(self.blocks):
             x = block(x, cache, layer)
         if cache is not None:
             cache.length += T
         if targets is None:
-            return self.lm_head(self.ln_f(x[:, -1:])), None
+            return self.lm_head(self.ln_f(x[:, -n_logits:])), None
         logits = self.lm_head(self.ln_f(x))  # (B, T, V)
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
-    def run_with_codes(self, idx, n_logits=None):
+    @contextlib.contextmanager
+    def recording(self):
         """
-        idx (B, T) -> logits (B, T, V), or of the last n_logits positions, and per layer the codes that its MLP read, a
-        list of Codes per level. Raises ValueError for the dense twin.
+        Yields a list with, for each layer, the list of Records of the forwards inside the block.
+
+        with model.recording() as records: model(idx)    # then records[layer][-1].codes
+        """
+        records = [[] for _ in self.saes()]
+        before = [sae.record for sae in self.saes()]
+        for sae, layer_records in zip(self.saes(), records):
+            sae.record = layer_records
+        try:
+            yield records
+        finally:
+            for sae, record in zip(self.saes(), before):
+                sae.record = record
+
+    def run_with_codes(self, idx, n_logits=0):
+        """
+        idx (B, T) -> logits (B, T, V), or of the last n_logits positions, and per layer the codes
+        that its MLP read, a list of Codes per level. Raises ValueError for the dense twin.
         """
         if not self.saes():
             raise ValueError("the dense twin has no codes: cayley_levels is ''")
-        codes = []
-        x = self.wte(idx) + self.wpe(torch.arange(idx.shape[1], device=idx.device))  # (B, T, C)
-        for block in self.blocks:
-            x = x + block.attn(block.ln_1(x))
-            codes.append(block.sae.edit(block.sae.encode(block.ln_2(x)), block.sae.edits))
-            x = x + block.mlp(block.sae.decode(codes[-1]))
-        return self.lm_head(self.ln_f(x[:, -n_logits:] if n_logits else x)), codes
+        with self.recording() as records:
+            logits, _ = self(idx, n_logits=n_logits)
+        return logits, [layer_records[-1].codes for layer_records in records]
 
     @torch.no_grad()
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, use_cache=True, n_tokens=None, generator=None):
+    def stream(
+        self,
+        idx,
+        max_new_tokens,
+        temperature=1.0,
+        top_k=None,
+        use_cache=True,
+        n_tokens=None,
+        generator=None,
+    ):
         """
         Yield max_new_tokens sampled tokens (B, 1), one after the other, that continue idx (B, T).
 
-        temperature 0 takes the most likely token. n_tokens: ids from here on are padding of the vocabulary and are
-        never sampled. A context that outgrows block_size moves on by half a block, so that learned positions stay
-        valid and a cache (use_cache) is refilled once per half block; the text does not depend on the cache.
+        temperature 0 takes the most likely token. n_tokens: ids from here on are padding of the
+        vocabulary and are never sampled. A context that outgrows block_size moves on by half a
+        block, so that learned positions stay valid and a cache (use_cache) is refilled once per
+        half block; the text does not depend on the cache.
         """
-        block, was_training = self.config.block_size, self.training
-        cache = KVCache(self.config, len(idx), idx.device, self.wte.weight.dtype) if use_cache else None
+        block_size = self.config.block_size
+        cache = None
+        if use_cache:
+            cache = KVCache(self.config, len(idx), idx.device, self.wte.weight.dtype)
         start = 0  # of the window that the model reads
+        was_training = self.training
         self.eval()
         try:
             for _ in range(max_new_tokens):
-                while idx.shape[1] - start > block:
-                    start += (block + 1) // 2
+                while idx.shape[1] - start > block_size:
+                    start += (block_size + 1) // 2
                     if cache is not None:
                         cache.reset()
-                logits, _ = self(idx[:, start + (cache.length if cache is not None else 0):], cache=cache)
+                read = cache.length if cache is not None else 0
+                logits, _ = self(idx[:, start + read:], cache=cache)
                 logits = logits[:, -1, :n_tokens].float()  # (B, V)
                 if top_k is not None:
                     kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
@@ -191,69 +244,31 @@ class GPT(nn.Module):
                 if temperature == 0:
                     token = logits.argmax(-1, keepdim=True)
                 else:
-                    token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+                    probabilities = (logits / temperature).softmax(-1)
+                    token = torch.multinomial(probabilities, 1, generator=generator)
                 idx = torch.cat([idx, token], 1)
                 yield token
         finally:
             self.train(was_training)
 
     def generate(self, idx, max_new_tokens, **sampling):
-        """idx (B, T) continued by max_new_tokens -> (B, T + max_new_tokens); see stream for the keywords."""
+        """idx (B, T) continued by max_new_tokens -> (B, T + max_new_tokens); keywords: stream's."""
         return torch.cat([idx, *self.stream(idx, max_new_tokens, **sampling)], 1)
 
 
-def covariances(x, y):
-    """Sums of <x, y>, <x, x>, <y, y> about the means, (3,): x, y (N, d)."""
-    x, y = x.double() - x.double().mean(0), y.double() - y.double().mean(0)
-    return torch.stack([(x * y).sum(), (x * x).sum(), (y * y).sum()])
-
-
-def explained(sums):
-    """Fraction of x's variance about its mean that the best multiple of y explains: covariances (..., 3) -> (...)."""
-    xy, xx, yy = sums.unbind(-1)
-    return xy.square() / (xx * yy).clamp_min(1e-30)
-
-
-@torch.no_grad()
-def code_statistics(model, idx):
-    """Per layer the covariances of the MLP's input and its code, and each level's mean active features: (layers, 3 + levels)."""
-    rows = []
-
-    def measure(sae, inputs):
-        codes = sae.encode(inputs[0])
-        active = [(c.values != 0).sum() / c.values[..., 0].numel() for c in codes]
-        rows.append(torch.cat([covariances(inputs[0].flatten(0, 1), sae.decode(codes).flatten(0, 1)), torch.stack(active)]))
-    hooks = [sae.register_forward_pre_hook(measure) for sae in model.saes()]
-    was_training = model.training
-    model.eval()(idx)
-    model.train(was_training)
-    for hook in hooks:
-        hook.remove()
-    return torch.stack(rows)
-
-
-def first_nonfinite(model, idx, targets):
-    """Name of the first module whose output, else of the last parameter whose gradient, is not finite; None if all are."""
-    found = []
-
-    def check(name):
-        return lambda module, inputs, output: found.append(name) if isinstance(output, torch.Tensor) and not (
-            output.isfinite().all()) else None
-    hooks = [module.register_forward_hook(check(name)) for name, module in model.named_modules() if name]
-    model.zero_grad()
-    model(idx, targets)[1].backward()
-    for hook in hooks:
-        hook.remove()
-    found += [f"the gradient of {name}" for name, p in reversed(list(model.named_parameters())) if not p.grad.isfinite().all()]
-    return found[0] if found else None
+# -----------------------------------------------------------------------------
+# loading what train.py wrote
 
 
 def load_checkpoint(path, device="cpu"):
     """
-    A checkpoint of train.py as a dict of tensors and plain values.
+    A checkpoint of train.py as a dict of tensors and plain values; of a directory its ckpt.pt.
 
-    Raises ValueError, in one line that names the file, if it is missing, damaged, or holds anything but data.
+    Raises ValueError, in one line that names the file, if it is missing, damaged, or holds anything
+    but data.
     """
+    if os.path.isdir(path):
+        path = os.path.join(path, "ckpt.pt")
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():  # torch.load reads past wrong checksums
@@ -263,26 +278,50 @@ def load_checkpoint(path, device="cpu"):
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint") from None
     except Exception as error:  # whatever a damaged zip or a refused pickle raises
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path}: not a readable checkpoint ({reason[:200]})") from None
+        text = str(error).strip()
+        reason = text.splitlines()[0][:200] if text else type(error).__name__
+        raise ValueError(f"{path}: not a readable checkpoint ({reason})") from None
     if missing:
-        raise ValueError(f"{path}: not a checkpoint of train.py, it lacks {', '.join(sorted(missing))}")
+        names = ", ".join(sorted(missing))
+        raise ValueError(f"{path}: not a checkpoint of train.py, it lacks {names}")
     return checkpoint
 
 
-def pick_device(device):
-    """The torch.device that a script's setting names; "auto" is CUDA where there is one. Raises ValueError naming a bad one."""
-    if device.split(":")[0] not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device={device!r}: must be 'auto', 'cpu' or 'cuda'")
-    target = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    if target.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={device!r}, but this PyTorch sees no CUDA device: use --device=cpu")
-    return target
+def build_model(checkpoint, path):
+    """The GPT of a checkpoint with its weights. Raises ValueError naming path if they don't fit."""
+    try:
+        model = GPT(GPTConfig(**checkpoint["model_args"]))
+        model.load_state_dict(checkpoint["model"])
+    except (TypeError, RuntimeError) as error:  # an unknown argument; a missing or misshapen tensor
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path}: its model can't be built ({reason})") from None
+    return model
 
 
 def load_model(path, device="cpu"):
-    """A checkpoint's model, in evaluation mode on device, and its resolved training configuration (a dict)."""
+    """A checkpoint's GPT, in evaluation mode on device, and its training configuration, a dict."""
     checkpoint = load_checkpoint(path)
-    model = GPT(GPTConfig(**checkpoint["model_args"]))
-    model.load_state_dict(checkpoint["model"])
-    return model.to(device).eval(), checkpoint["config"]
+    return build_model(checkpoint, path).to(device).eval(), checkpoint["config"]
+
+
+def pick_device(device):
+    """
+    The torch.device that a script's setting names; "auto" is CUDA where there is one.
+
+    Raises ValueError for a name that PyTorch doesn't know or a device that isn't there.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = device.split(":")[0]
+    available = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if kind not in available:
+        raise ValueError(f"device={device!r}: must be 'auto', 'cpu', 'cuda' or 'mps'")
+    if not available[kind]:
+        raise ValueError(
+            f"device={device!r}, but this PyTorch sees no {kind.upper()} device: use --device=cpu"
+        )
+    return torch.device(device)

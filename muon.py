@@ -1,14 +1,16 @@
 """
-Muon for the matrices inside the blocks, AdamW for everything else, as one optimizer with one step().
+Muon for the matrices inside the blocks, AdamW for everything else: one optimizer with one step().
 
-Muon replaces a matrix's momentum by (nearly) the closest orthogonal matrix, by a few Newton-Schulz iterations: see
-https://kellerjordan.github.io/posts/muon/. It is for hidden 2D weights only, not for embeddings, norms or biases.
+Muon replaces a matrix's momentum by (nearly) the closest orthogonal matrix, by a few Newton-Schulz
+iterations: see https://kellerjordan.github.io/posts/muon/. It is for hidden 2D weights only, not
+for embeddings, norms or biases.
 """
 import torch
 import torch.distributed as dist
 
-# Odd quintics p(x) = a x + b x^3 + c x^5, one triple per step. Polar Express: arXiv 2505.16932, the optimal
-# composition for five steps, with its safety factor for bf16. Classic: Keller Jordan's single triple.
+# Odd quintics p(x) = a x + b x^3 + c x^5, one triple per step. Polar Express: arXiv 2505.16932, the
+# optimal composition for five steps, with its safety factor for bf16. Classic: Keller Jordan's
+# single triple.
 POLAR_EXPRESS = [
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -18,13 +20,21 @@ POLAR_EXPRESS = [
 ]
 CLASSIC = [(3.4445, -4.7750, 2.0315)] * 5
 
+# all_gather_into_tensor, by its name since PyTorch 2.13
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 def orthogonalize(G, coefficients=POLAR_EXPRESS, dtype=torch.bfloat16):
-    """Singular values of matrices G (..., rows, cols) moved to about 1 by Newton-Schulz steps in dtype -> same shape."""
+    """
+    Singular values of matrices G (..., rows, cols) moved to about 1 -> same shape.
+
+    By Newton-Schulz steps in dtype.
+    """
     X = G.to(dtype)
     if G.shape[-2] > G.shape[-1]:
         X = X.mT
-    safety = 1.02 if coefficients is POLAR_EXPRESS else 1.0  # its first step must not see a norm above 1
+    # Polar Express' first step must not see a norm above 1
+    safety = 1.02 if coefficients is POLAR_EXPRESS else 1.0
     X = X / (X.norm(dim=(-2, -1), keepdim=True) * safety + 1e-7)
     for a, b, c in coefficients:
         A = X @ X.mT
@@ -36,27 +46,36 @@ class Muon(torch.optim.Optimizer):
     """
     momentum -> Nesterov -> orthogonalize -> p -= lr * sqrt(max(1, rows / cols)) * update.
 
-    params: 2D parameters. splits: {parameter: s} for weights that are s matrices stacked along the rows (s = 3 for
-    q, k, v in c_attn), each orthogonalized by itself. Matrices of one shape are one batch. In a process group each
-    rank keeps the momentum of, and orthogonalizes, its share of every batch, and the updates are gathered; gradients
-    must already be the same on all ranks. So state_dict() and load_state_dict() are collective: call them on every
-    rank. The state holds one momentum per parameter and loads at any world size.
+    params: 2D parameters. splits: {parameter: s} for weights that are s matrices stacked along the
+    rows (s = 3 for q, k, v in c_attn), each orthogonalized by itself. Matrices of one shape are one
+    batch. In a process group each rank keeps the momentum of, and orthogonalizes, its share of
+    every batch, and the updates are gathered; gradients must already be the same on all ranks. So
+    state_dict() and load_state_dict() are collective: call them on every rank. The state holds one
+    momentum per parameter and loads at any world size.
     """
 
-    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0, coefficients=POLAR_EXPRESS, splits=None):
+    def __init__(
+        self, params, lr, momentum=0.95, weight_decay=0.0, coefficients=POLAR_EXPRESS, splits=None
+    ):
         params = list(params)
         for p in params:
             if p.dim() != 2:
                 raise ValueError(f"Muon takes 2D parameters, not one of shape {tuple(p.shape)}")
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-        self.coefficients, splits = coefficients, splits or {}
-        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.coefficients = coefficients
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        splits = splits or {}
         self.batches = {}  # shape of a matrix -> [(parameter, its rows)]
         for p in params:
-            rows = p.shape[0] // splits.get(p, 1)
-            self.batches.setdefault((rows, p.shape[1]), []).extend((p, slice(i, i + rows)) for i in range(0, len(p), rows))
-        self.momentum = {shape: torch.zeros(len(self._share(matrices)), *shape, device=params[0].device)
-                         for shape, matrices in self.batches.items()}
+            n_rows = p.shape[0] // splits.get(p, 1)
+            matrices = self.batches.setdefault((n_rows, p.shape[1]), [])
+            for start in range(0, len(p), n_rows):
+                matrices.append((p, slice(start, start + n_rows)))
+        self.momentum = {}  # shape -> (this rank's share, rows, cols)
+        for shape, matrices in self.batches.items():
+            share = len(self._share(matrices))
+            self.momentum[shape] = torch.zeros(share, *shape, device=params[0].device)
 
     def _share_size(self, matrices):
         return -(-len(matrices) // self.world_size)
@@ -66,33 +85,41 @@ class Muon(torch.optim.Optimizer):
         return matrices[self.rank * size:(self.rank + 1) * size]
 
     def _gather(self, share, matrices):
-        """This rank's results (share, rows, cols) -> those of all matrices, and the communication to wait for."""
+        """
+        This rank's results (share, rows, cols) -> those of all matrices, the first len(matrices)
+        rows, and the communication to wait for.
+        """
         if self.world_size == 1:
             return share, None
         size = self._share_size(matrices)
         padded = share.new_zeros(size, *share.shape[1:])
         padded[:len(share)] = share
         result = share.new_empty(size * self.world_size, *share.shape[1:])
-        return result, dist.all_gather_into_tensor(result, padded, async_op=True)
+        return result, _all_gather(result, padded, async_op=True)
 
     @torch.no_grad()
     def step(self, closure=None):
         group = self.param_groups[0]
         updates = []
-        for shape, matrices in self.batches.items():  # gathering one batch overlaps with orthogonalizing the next
-            momentum, share = self.momentum[shape], self._share(matrices)
+        # gathering one batch overlaps with orthogonalizing the next
+        for shape, matrices in self.batches.items():
+            momentum = self.momentum[shape]
+            share = self._share(matrices)
             update = momentum.to(torch.bfloat16)
             if share:
                 gradient = torch.stack([p.grad[rows] for p, rows in share]).to(momentum.dtype)
                 momentum.lerp_(gradient, 1 - group["momentum"])
-                update = orthogonalize(gradient.lerp_(momentum, group["momentum"]), self.coefficients)
+                nesterov = gradient.lerp_(momentum, group["momentum"])
+                update = orthogonalize(nesterov, self.coefficients)
             updates.append(self._gather(update.contiguous(), matrices))
-        for ((rows, cols), matrices), (update, communication) in zip(self.batches.items(), updates):
+        for (shape, matrices), (update, communication) in zip(self.batches.items(), updates):
+            rows, cols = shape
             if communication is not None:
                 communication.wait()
             scale = group["lr"] * max(1, rows / cols) ** 0.5
+            decay = 1 - group["lr"] * group["weight_decay"]
             for (p, where), u in zip(matrices, update):
-                p[where].mul_(1 - group["lr"] * group["weight_decay"]).add_(u, alpha=-scale)
+                p[where].mul_(decay).add_(u, alpha=-scale)
 
     def state_dict(self):
         full = {p: torch.zeros_like(p) for p in self.param_groups[0]["params"]}
@@ -114,12 +141,15 @@ class Muon(torch.optim.Optimizer):
 
 class MuonAdamW:
     """
-    The optimizers of a GPT (model.py) behind one step(): Muon for the block matrices, fused AdamW for the rest.
+    The optimizers of a GPT (model.py) behind one step(): Muon for the matrices of the blocks, fused
+    AdamW for the rest.
 
     Set learning rates with set_lr(muon, adamw). state_dict() is collective, see Muon.
     """
 
-    def __init__(self, model, muon_lr, adamw_lr, momentum=0.95, betas=(0.9, 0.95), weight_decay=0.0):
+    def __init__(
+        self, model, muon_lr, adamw_lr, momentum=0.95, betas=(0.9, 0.95), weight_decay=0.0
+    ):
         matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
         muon_ids = {id(p) for p in matrices}
         others = [p for p in model.parameters() if id(p) not in muon_ids]

@@ -1,15 +1,19 @@
 """
-Trains a GPT (model.py) on token bins (prepare_fineweb.py), on one device or many, with exact resume.
+Trains a GPT (model.py) on token bins (prepare_fineweb.py), on one device or many; resumes exactly.
 
-    python train.py configs/demo.py                                          # CPU, minutes
-    torchrun --nproc_per_node=8 train.py configs/cayley_small_2L.py          # the reference run
-    python train.py configs/demo.py --max_iters=100 --out_dir=out/short      # any setting below, by name
-    python train.py configs/demo.py --init_from=resume                       # go on where last.pt stands
+    python train.py configs/demo.py                                      # CPU, minutes
+    torchrun --nproc_per_node=8 train.py configs/cayley_small_2L.py      # the published recipe
+    python train.py configs/demo.py --max_iters=100 --out_dir=out/short  # any setting, by name
+    python train.py configs/demo.py --init_from=resume                   # on from last.pt
 
-In out_dir: ckpt.pt (best val loss), last.pt (newest), config.json (all settings, versions, commit) and log.csv.
+In out_dir: ckpt.pt (best val loss), last.pt (newest), config.json (all settings, versions, commit)
+and log.csv.
 """
+import contextlib
 import csv
 import importlib.util
+import inspect
+import itertools
 import math
 import os
 import platform
@@ -19,15 +23,18 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict, dataclass, fields
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure, run_main
-from model import GPT, GPTConfig, code_statistics, explained, first_nonfinite, load_checkpoint, pick_device
+from data import Windows, atomic, get_tokenizer, lock, write_json
+from evals import code_statistics, explained
+from model import GPT, GPTConfig, load_checkpoint, pick_device
 from muon import MuonAdamW
-from prepare_fineweb import Windows, get_tokenizer, write_json
 
 # -----------------------------------------------------------------------------
 # settings: a config file and then --key=value override them, see configurator.py
@@ -36,9 +43,11 @@ from prepare_fineweb import Windows, get_tokenizer, write_json
 out_dir = "out"
 data_dir = "data/fineweb_edu"
 init_from = "scratch"  # or "resume": from out_dir/last.pt
+resume_anyway = False  # resume although the order or content of the batches changes
 eval_interval = 250  # iterations between evaluations; each also writes last.pt
 eval_iters = 64  # micro-batches of the fixed validation set, over all ranks
 log_interval = 10  # iterations between log lines
+save_patience = 600.0  # seconds that the last checkpoint is tried again where it can't be written
 final_evals = False  # evals.py's scores of the last weights, to out_dir/evals.json
 final_evals_args = ""  # evals.py's settings, as "--hellaswag=hub --lambada=lambada.jsonl"
 wandb_log = False
@@ -72,27 +81,51 @@ warmup_iters = 200
 lr_schedule = "linear_warmdown"  # or "cosine", "constant"
 warmdown_frac = 0.9  # of max_iters, for linear_warmdown
 # system
-device = "auto"  # "cuda", "cuda:1", "cpu"; auto: CUDA where there is one
-dtype = "auto"  # "bfloat16" (autocast) or "float32"; auto: bfloat16 on CUDA, float32 on a CPU
-compile = True  # torch.compile
+device = "auto"  # "cuda", "cuda:1", "cpu", "mps"; auto: CUDA where there is one
+dtype = "auto"  # "bfloat16" (autocast) or "float32"; auto: bfloat16 on CUDA, float32 elsewhere
+torch_compile = True
 
-PEAK_BF16_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "RTX 4090": 165e12}
-
-
-CHOICES = {"init_from": ("scratch", "resume"), "lr_schedule": ("linear_warmdown", "cosine", "constant"),
-           "dtype": ("auto", "bfloat16", "float32")}
-AT_LEAST_1 = ("eval_interval", "eval_iters", "log_interval", "batch_size", "gradient_accumulation_steps", "max_iters")
-NOT_NEGATIVE = ("muon_lr", "muon_min_lr", "adamw_lr", "adamw_min_lr", "weight_decay", "warmup_iters", "seed")
+PEAK_BF16_FLOPS = {
+    "A100": 312e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "RTX 4090": 165e12,
+}
+CHOICES = {
+    "init_from": ("scratch", "resume"),
+    "lr_schedule": ("linear_warmdown", "cosine", "constant"),
+    "dtype": ("auto", "bfloat16", "float32"),
+}
+AT_LEAST_1 = (
+    "eval_interval",
+    "eval_iters",
+    "log_interval",
+    "batch_size",
+    "gradient_accumulation_steps",
+    "max_iters",
+)
+NOT_NEGATIVE = (
+    "muon_lr",
+    "muon_min_lr",
+    "adamw_lr",
+    "adamw_min_lr",
+    "weight_decay",
+    "warmup_iters",
+    "seed",
+    "save_patience",
+)
 
 
 def check_settings():
     """Raise ValueError for a setting that makes no sense, before anything is loaded."""
     for key, value in globals().items():
         if key in CHOICES and value not in CHOICES[key]:
-            raise ValueError(f"{key}={value!r}: must be one of {', '.join(map(repr, CHOICES[key]))}")
+            choices = ", ".join(map(repr, CHOICES[key]))
+            raise ValueError(f"{key}={value!r}: must be one of {choices}")
         if key in AT_LEAST_1 and value < 1:
             raise ValueError(f"{key}={value}: must be at least 1")
-        if key in NOT_NEGATIVE and not value >= 0:
+        if key in NOT_NEGATIVE and not value >= 0:  # not a number is no good either
             raise ValueError(f"{key}={value}: must not be negative")
     if wandb_log and not importlib.util.find_spec("wandb"):
         raise ValueError("wandb_log=True, but wandb is not installed: pip install wandb")
@@ -101,331 +134,731 @@ def check_settings():
 
 
 def get_lr(it, lr, min_lr):
-    """Learning rate at an iteration: linear warmup from 0, then lr_schedule down to min_lr at max_iters."""
+    """Learning rate at an iteration, from lr down to min_lr at max_iters."""
+    # 1) linear warmup from 0
     if it < warmup_iters:
         return lr * it / warmup_iters
-    start = {"linear_warmdown": (1 - warmdown_frac) * max_iters, "cosine": warmup_iters, "constant": max_iters}[lr_schedule]
-    if it <= start:
+    # 2) flat until the decay begins
+    decay_start = {
+        "linear_warmdown": (1 - warmdown_frac) * max_iters,
+        "cosine": warmup_iters,
+        "constant": max_iters,
+    }[lr_schedule]
+    if it <= decay_start:
         return lr
-    progress = min(1.0, (it - start) / (max_iters - start))
-    return min_lr + (lr - min_lr) * (1 - progress if lr_schedule == "linear_warmdown" else (1 + math.cos(math.pi * progress)) / 2)
+    # 3) decay
+    progress = min(1.0, (it - decay_start) / (max_iters - decay_start))
+    if lr_schedule == "linear_warmdown":
+        share = 1 - progress
+    else:
+        share = (1 + math.cos(math.pi * progress)) / 2
+    return min_lr + (lr - min_lr) * share
 
 
 # -----------------------------------------------------------------------------
 # the process group: one rank without torchrun
 
+
 class Ranks:
     """This process among those that torchrun started, and its device."""
 
     def __init__(self):
-        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.master = self.rank == 0
         self.device = pick_device(device)
         if gradient_accumulation_steps % self.world_size:
-            raise ValueError(f"gradient_accumulation_steps={gradient_accumulation_steps} is not a multiple of the "
-                             f"{self.world_size} ranks")
+            raise ValueError(
+                f"gradient_accumulation_steps={gradient_accumulation_steps} is not a multiple of "
+                f"the {self.world_size} ranks"
+            )
+        launched = "RANK" in os.environ
         if self.device.type == "cuda":
-            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if "RANK" in os.environ else self.device
+            if launched:
+                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(self.device)
-        if "RANK" in os.environ:
+        if launched:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
 
+        self.wide = torch.float32 if self.device.type == "mps" else torch.float64
+
     def sum(self, values):
-        """Floats (a list) or a tensor, summed over ranks -> tensor."""
-        values = torch.as_tensor(values, dtype=torch.float64, device=self.device)
+        """A tensor summed over ranks, in float64 where the device has it."""
+        values = values.to(self.wide)
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
+
+    def end(self):
+        """Leave the process group and end the process."""
+        if not dist.is_initialized():
+            return
+        dist.destroy_process_group()
+        # Not by Python's own end: gloo's threads need the interpreter to let go of the last
+        # tensors, and hang or abort there.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+class StopSignals:
+    """SIGINT or SIGTERM asks the run to stop after this step; a second one ends it at once."""
+
+    def __init__(self):
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number, frame):
+        if self.asked:
+            os._exit(128 + number)
+        self.asked = True
+
+    def interrupt_from_now_on(self):
+        """A signal raises KeyboardInterrupt: for what comes after the last checkpoint."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler)
+
+
+# -----------------------------------------------------------------------------
+# what a run is
+
+
+@dataclass
+class State:
+    """Where a run stands, beside its weights and optimizer: saved and restored as a whole."""
+
+    iter: int = 0  # iterations done
+    windows_read: int = 0  # of the endless training order
+    evaluated: int = -1  # the last iteration with an evaluation
+    best_val_loss: float = math.inf
+
+
+class Run(NamedTuple):
+    """What stays the same from the first iteration to the last."""
+
+    config: dict  # all settings, with the data's tokenizer
+    ranks: Ranks
+    stop: StopSignals
+    train_windows: Windows
+    val_windows: Windows
+    raw_model: GPT
+    model: torch.nn.Module  # the same, compiled and in DDP
+    optimizer: MuonAdamW
+    autocast: contextlib.AbstractContextManager
+
+
+def read_data(config):
+    """The splits' Windows; notes their tokenizer in config. Raises ValueError as Windows does."""
+    train_windows = Windows(data_dir, "train", block_size)
+    val_windows = Windows(data_dir, "val", block_size)
+    meta = train_windows.meta
+    if meta["vocab_size"] > vocab_size:
+        padded = -(-meta["vocab_size"] // 64) * 64
+        raise ValueError(
+            f"vocab_size={vocab_size} is below the {meta['vocab_size']} of {data_dir}'s tokenizer "
+            f"{meta['tokenizer']!r}: set vocab_size={padded}, the next multiple of 64"
+        )
+    config["tokenizer"] = meta["tokenizer"]
+    config["tokenizer_vocab_size"] = meta["vocab_size"]
+    config["working_directory"] = os.getcwd()  # that a relative data_dir is of
+    return train_windows, val_windows
+
+
+def parallel_model(raw_model, ranks):
+    """raw_model compiled, and in DDP where there are several ranks."""
+    model = torch.compile(raw_model) if torch_compile else raw_model
+    if ranks.world_size == 1:
+        return model
+    # update_stats keeps the SAE's buffers equal on all ranks
+    keyword = "forward_sync_buffers"  # since PyTorch 2.13
+    if keyword not in inspect.signature(DistributedDataParallel).parameters:
+        keyword = "broadcast_buffers"
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **{keyword: False})
+
+
+def to_device(windows, device):
+    """
+    Windows (B, T + 1), numpy -> inputs and targets (B, T) on device.
+
+    On CUDA the copy is asynchronous to the host.
+    """
+    windows = torch.from_numpy(windows)
+    if device.type == "cuda":
+        windows = windows.pin_memory().to(device, non_blocking=True)
+    else:
+        windows = windows.to(device)
+    return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+
+
+def micro_batches(run, windows_read):
+    """
+    Yield this rank's micro-batches of one iteration after the other, from windows_read on.
+
+    Whatever the number of ranks, an iteration has the same windows.
+    """
+    ranks = run.ranks
+    for first in itertools.count(windows_read + ranks.rank * batch_size,
+                                 ranks.world_size * batch_size):
+        yield to_device(run.train_windows.shuffled(first, batch_size, seed), ranks.device)
 
 
 # -----------------------------------------------------------------------------
 # evaluation
 
+
 @torch.no_grad()
-def validate(model, windows, ranks, autocast):
-    """Mean loss over the fixed validation set, each rank reading its share."""
-    sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
-    n = min(len(windows), eval_iters * batch_size)
-    model.eval()
-    for first in range(ranks.rank * batch_size, n, ranks.world_size * batch_size):
-        x, y = to_device(windows.shuffled(first, min(batch_size, n - first), seed=0), ranks.device)
-        with autocast:
-            loss = model(x, y)[1]
-        sums += torch.stack([loss.double() * len(x), torch.tensor(len(x), device=ranks.device)])
-    model.train()
-    total, count = ranks.sum(sums).tolist()
-    return total / count
+def validate(run):
+    """
+    Mean loss over the fixed validation set, each rank reading its share.
+
+    None if a signal stopped it on any rank.
+    """
+    ranks = run.ranks
+    # of losses, windows, and ranks that were stopped
+    sums = torch.zeros(3, dtype=ranks.wide, device=ranks.device)
+    n_windows = min(len(run.val_windows), eval_iters * batch_size)
+    run.model.eval()
+    for first in range(ranks.rank * batch_size, n_windows, ranks.world_size * batch_size):
+        if run.stop.asked:
+            sums[2] += 1
+            break
+        count = min(batch_size, n_windows - first)
+        x, y = to_device(run.val_windows.shuffled(first, count, seed=0), ranks.device)
+        with run.autocast:
+            loss = run.model(x, y)[1]
+        sums[0] += loss.to(ranks.wide) * count
+        sums[1] += count
+    run.model.train()
+    loss_sum, count, stopped = ranks.sum(sums).tolist()
+    return None if stopped else loss_sum / count
 
 
-def sae_health(model, windows, ranks, autocast):
+def sae_health(run):
     """
-    State of the sparse codes: dead_<level> (features without an activation since the last call, summed over layers),
-    active_<level> (mean active features per token) and explained (mean over layers, see model.explained).
+    State of the sparse codes, for log.csv.
+
+    dead_<level>: features without an activation since the last call, summed over layers.
+    active_<level>: mean active features per token.
+    explained: mean over layers, see evals.explained.
     """
-    saes = model.saes()
+    saes = run.raw_model.saes()
     if not saes:
         return {}
-    count = min(batch_size, len(windows))
-    idx, _ = to_device(windows.shuffled(ranks.rank * count, count, seed=0), ranks.device)
-    with autocast:
-        statistics = ranks.sum(code_statistics(model, idx))  # (layers, 3 + levels)
+    # the same windows on every rank: the numbers don't depend on how many there are
+    count = min(batch_size, len(run.val_windows))
+    idx, _ = to_device(run.val_windows.shuffled(0, count, seed=0), run.ranks.device)
+    with run.autocast:
+        statistics = code_statistics(run.raw_model, idx)  # (layers, 3 + levels)
     health = {}
-    for level, active in enumerate((statistics[:, 3:].mean(0) / ranks.world_size).tolist()):
-        health[f"dead_{level}"] = sum((sae.active_counts[sae.level_slices[level]] == 0).sum().item() for sae in saes)
+    for level, active in enumerate(statistics[:, 3:].mean(0).tolist()):
+        where = saes[0].level_slices[level]
+        dead = sum((sae.active_counts[where] == 0).sum() for sae in saes)
+        health[f"dead_{level}"] = dead.item()
         health[f"active_{level}"] = active
     health["explained"] = explained(statistics[:, :3]).mean().item()
     for sae in saes:
         sae.active_counts.zero_()
+        if sae.skipped_updates > 0:
+            print("inputs that were not finite were left out of a CayleySAE's statistics "
+                  f"{sae.skipped_updates.item()} times", file=sys.stderr)
     return health
+
+
+def evaluate(run, state, log):
+    """Validate, log, and save; True if a signal stopped it."""
+    val_loss = validate(run)
+    if val_loss is None:
+        return True
+    health = sae_health(run)
+    state.evaluated = state.iter
+    best = val_loss < state.best_val_loss
+    state.best_val_loss = min(state.best_val_loss, val_loss)
+    if run.ranks.master:
+        tokens = state.windows_read * block_size
+        log.write({"iter": state.iter, "tokens": tokens, "val_loss": val_loss, **health})
+        shown = "".join(f", {key} {value:.6g}" for key, value in health.items())
+        print(f"iter {state.iter}: val loss {val_loss:.4f}{shown}")
+    save(run, state, best=best, last=state.iter >= max_iters)
+    return False
+
+
+def first_nonfinite(model, idx, targets):
+    """
+    Name of the first module whose output, else of the last parameter whose gradient, isn't finite.
+
+    None if all are finite.
+    """
+    found = []
+
+    def checking(name):
+        def check(module, inputs, output):
+            if isinstance(output, torch.Tensor) and not output.isfinite().all():
+                found.append(name)
+        return check
+
+    hooks = []
+    for name, module in model.named_modules():
+        if name:
+            hooks.append(module.register_forward_hook(checking(name)))
+    model.zero_grad()
+    model(idx, targets)[1].backward()
+    for hook in hooks:
+        hook.remove()
+    for name, p in reversed(list(model.named_parameters())):
+        if not p.grad.isfinite().all():
+            found.append(f"the gradient of {name}")
+    return found[0] if found else None
+
+
+def report_nonfinite(run, state, loss, grad_norm):
+    """Raise ValueError that says where this iteration's loss or gradient stopped being finite."""
+    accumulation = gradient_accumulation_steps // run.ranks.world_size
+    where = None
+    with run.autocast:
+        for batch in itertools.islice(micro_batches(run, state.windows_read), accumulation):
+            where = where or first_nonfinite(run.raw_model, *batch)
+    where = where or "no micro-batch of this rank"
+    raise ValueError(
+        f"iteration {state.iter}: loss {loss}, gradient norm {grad_norm}, first in {where}; the "
+        f"weights are as before it, {out_path('last.pt')} as it was. Lower the learning rates?"
+    )
 
 
 # -----------------------------------------------------------------------------
 # files
 
-def save_checkpoint(checkpoint, best):
-    """Write out_dir/last.pt by atomic rename, and ckpt.pt as the same file if best. A failure is reported, and the old stay."""
-    last, ckpt = os.path.join(out_dir, "last.pt"), os.path.join(out_dir, "ckpt.pt")
-    try:
-        with open(last + ".tmp", "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
+
+def out_path(name):
+    return os.path.join(out_dir, name)
+
+
+def disk_error(error):
+    """What went wrong with a file, in words: torch.save hides the system's message."""
+    while error is not None:
+        if isinstance(error, OSError) and error.strerror:
+            return error.strerror
+        message = str(error)
+        error = error.__cause__ or error.__context__
+    if "inline_container" in message or "PytorchStreamWriter" in message:
+        return "the file could not be written to its end, as on a full disk"
+    return message.splitlines()[0]
+
+
+def write_checkpoint(checkpoint, best):
+    """
+    out_dir/last.pt, and a copy of it as ckpt.pt if best.
+
+    Two independent files: damage to one leaves the other. What is there stays if this raises.
+    """
+    with atomic(out_path("last.pt"), "wb") as file:
+        torch.save(checkpoint, file)
         if best:
-            if os.path.exists(ckpt + ".tmp"):
-                os.remove(ckpt + ".tmp")
-            try:
-                os.link(last + ".tmp", ckpt + ".tmp")
-            except OSError:  # a file system without hard links
-                shutil.copyfile(last + ".tmp", ckpt + ".tmp")
-            os.replace(ckpt + ".tmp", ckpt)
-        os.replace(last + ".tmp", last)
-        directory = os.open(out_dir, os.O_RDONLY)
-        os.fsync(directory)  # the renames themselves
-        os.close(directory)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        print(f"{last} could not be written ({str(error).splitlines()[0]}): training goes on, and the next "
-              f"checkpoint is tried in at most {eval_interval} iterations", file=sys.stderr)
+            file.flush()
+            with open(file.name, "rb") as source, atomic(out_path("ckpt.pt"), "wb") as copy:
+                shutil.copyfileobj(source, copy, 2**24)
+
+
+def save(run, state, best=False, last=False):
+    """
+    Save the run; on every rank, since momentum is gathered from all.
+
+    A checkpoint that can't be written is reported, and training goes on; the last one is tried
+    again for save_patience seconds and then raises OSError.
+    """
+    optimizer_state = run.optimizer.state_dict()
+    if not run.ranks.master:
+        return
+    on_cuda = run.ranks.device.type == "cuda"
+    checkpoint = {
+        "model": run.raw_model.state_dict(),
+        "optimizer": optimizer_state,
+        "model_args": asdict(run.raw_model.config),
+        "config": run.config,
+        **asdict(state),
+        "train_windows": len(run.train_windows),
+        "data": run.train_windows.fingerprint,
+        "rng": {
+            "cpu": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state() if on_cuda else None,
+        },
+    }
+    deadline = time.monotonic() + save_patience
+    while True:
+        try:
+            return write_checkpoint(checkpoint, best)
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+            message = f"{out_path('last.pt')} could not be written ({disk_error(error)})"
+        if not last:
+            print(f"{message}: training goes on, and the next checkpoint is tried in at most "
+                  f"{eval_interval} iterations", file=sys.stderr)
+            return
+        if time.monotonic() >= deadline:
+            raise OSError(f"{message}: what came after the last checkpoint there is lost")
+        print(f"{message}: it is tried again every 5 seconds, for {save_patience:.0f} seconds in "
+              "all: make room", file=sys.stderr)
+        time.sleep(min(5, save_patience))
+
+
+def load_last(config, train_windows):
+    """last.pt, checked against settings and data. Raises ValueError naming what differs."""
+    last, ckpt = out_path("last.pt"), out_path("ckpt.pt")
+    try:
+        checkpoint = load_checkpoint(last)
+        missing = {"optimizer", "rng", *State.__dataclass_fields__} - checkpoint.keys()
+        if missing:
+            raise ValueError(f"{last}: it lacks {', '.join(sorted(missing))}")
+    except ValueError as error:
+        hint = ""
+        if os.path.exists(ckpt):
+            hint = f"; {ckpt} is there: to go on from it, copy it to {last}"
+        raise ValueError(f"{error}{hint}") from None
+    for key, value in checkpoint["model_args"].items():
+        if config.get(key) != value:
+            raise ValueError(f"{last} was trained with {key}={value!r}, not {config.get(key)!r}: "
+                             "use that, or another out_dir")
+    before = checkpoint["config"]
+    if before["tokenizer"] != config["tokenizer"]:
+        raise ValueError(f"{data_dir} has tokenizer {config['tokenizer']!r}, and {last} was "
+                         f"trained with {before['tokenizer']!r}")
+    if not resume_anyway:
+        check_same_batches(checkpoint, train_windows)
+    return checkpoint
+
+
+def check_same_batches(checkpoint, train_windows):
+    """Raise ValueError if the coming batches aren't those that the checkpoint's run would read."""
+    before = checkpoint["config"]
+    per_iter = before["batch_size"] * before["gradient_accumulation_steps"]
+    changes = []
+    if before["seed"] != seed:
+        changes.append(f"seed={before['seed']}, not {seed}")
+    if per_iter != batch_size * gradient_accumulation_steps:
+        changes.append(f"batch_size * gradient_accumulation_steps = {per_iter}, not "
+                       f"{batch_size * gradient_accumulation_steps}")
+    if checkpoint["train_windows"] != len(train_windows):
+        changes.append(f"{checkpoint['train_windows']} training windows, not "
+                       f"{len(train_windows)}, in {data_dir}")
+    elif checkpoint.get("data", train_windows.fingerprint) != train_windows.fingerprint:
+        changes.append(f"other shards than those of {data_dir} (their checksums in meta.json)")
+    if changes:
+        raise ValueError(
+            f"{out_path('last.pt')} was trained with {' and '.join(changes)}: the order or content "
+            "of its batches would change; --resume_anyway takes it nevertheless"
+        )
+
+
+def resume(run, state):
+    """Restore what save has saved."""
+    checkpoint = load_last(run.config, run.train_windows)
+    try:
+        run.raw_model.load_state_dict(checkpoint["model"])
+        run.optimizer.load_state_dict(checkpoint["optimizer"])
+    except (RuntimeError, KeyError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{out_path('last.pt')}: it doesn't fit this model ({reason})") from None
+    for field in fields(state):
+        setattr(state, field.name, checkpoint[field.name])
+    torch.set_rng_state(checkpoint["rng"]["cpu"])
+    if run.ranks.device.type == "cuda" and checkpoint["rng"]["cuda"] is not None:
+        torch.cuda.set_rng_state(checkpoint["rng"]["cuda"])
 
 
 class Log:
-    """Rows of log.csv, on resume without those of later iterations than last.pt's; wandb too where it is switched on."""
+    """
+    Rows of log.csv, and wandb where it is switched on.
 
-    def __init__(self, columns, it, evaluated, config):
-        self.path, self.columns, rows = os.path.join(out_dir, "log.csv"), columns, []
-        if it > 0 and os.path.exists(self.path):
-            with open(self.path, newline="") as file:
-                rows = [row for row in csv.DictReader(file) if None not in row.values()  # a line that was cut off
-                        and (int(row["iter"]) < it or int(row["iter"]) == evaluated and row["val_loss"])]
-        with open(self.path + ".tmp", "w", newline="") as file:
+    On resume without the rows of later iterations than the checkpoint's. Rows that can't be written
+    wait in memory for the next one that can.
+    """
+
+    def __init__(self, columns, state, config):
+        self.path = out_path("log.csv")
+        self.columns = columns
+        self.waiting = []
+        rows = self._read(state) if state.iter > 0 and os.path.exists(self.path) else []
+        with atomic(self.path) as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows({key: row.get(key, "") for key in columns} for row in rows)
-        os.replace(self.path + ".tmp", self.path)
-        self.file = open(self.path, "a", newline="", buffering=1)
         self.wandb = None
         if wandb_log:
             import wandb
-            self.wandb = wandb.init(project=wandb_project, name=os.path.basename(out_dir), config=config)
+            self.wandb = wandb.init(
+                project=wandb_project, name=os.path.basename(out_dir), config=config
+            )
+
+    def _read(self, state):
+        """The rows before state.iter, and its evaluation. Raises ValueError for a foreign file."""
+        with open(self.path, newline="") as file:
+            reader = csv.DictReader(file)
+            if not {"iter", "val_loss"} <= set(reader.fieldnames or []):
+                raise ValueError(f"{self.path}: its first line is not a header with iter and "
+                                 "val_loss: move it away to go on without it")
+            rows = []
+            for row in reader:
+                if None in row.values() or not row["iter"].isdecimal():
+                    continue  # a line that was cut off
+                it = int(row["iter"])
+                if it < state.iter or it == state.evaluated and row["val_loss"]:
+                    rows.append(row)
+            return rows
 
     def write(self, row):
-        csv.DictWriter(self.file, self.columns).writerow(row)
         if self.wandb:
             self.wandb.log(row, step=row["iter"])
+        self.waiting.append(row)
+        try:
+            size = os.path.getsize(self.path)
+            with open(self.path, "a", newline="") as file:
+                try:
+                    csv.DictWriter(file, self.columns).writerows(self.waiting)
+                    file.flush()
+                except OSError:
+                    os.truncate(self.path, size)  # no half a row
+                    raise
+            self.waiting = []
+        except OSError as error:
+            if len(self.waiting) == 1:
+                print(f"{self.path} can't be written ({error.strerror}): its rows are kept in "
+                      "memory until it can", file=sys.stderr)
+
+
+def log_columns(model):
+    """log.csv's columns, for a GPT."""
+    columns = ["iter", "tokens", "loss", "val_loss", "muon_lr", "adamw_lr", "grad_norm"]
+    columns += ["tok_per_s", "mfu", "peak_memory_gb", "data_wait_s"]
+    if model.saes():
+        for level in range(len(model.saes()[0].levels)):
+            columns += [f"dead_{level}", f"active_{level}"]
+        columns.append("explained")
+    return columns
 
 
 def write_config(config):
     """out_dir/config.json: what ran, with what."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
-                            cwd=os.path.dirname(os.path.abspath(__file__))).stdout.strip()
-    record = {"config": config, "command": sys.argv, "commit": commit or None,
-              "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}}
-    write_json(os.path.join(out_dir, "config.json"), record)
-
-
-def to_device(windows, device):
-    """Windows (B, T + 1), numpy -> inputs and targets (B, T) on device, asynchronously on CUDA."""
-    windows = torch.from_numpy(windows)
-    if device.type == "cuda":
-        windows = windows.pin_memory().to(device, non_blocking=True)
-    return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+    here = os.path.dirname(os.path.abspath(__file__))
+    git = ["git", "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, cwd=here).stdout.strip()
+    except FileNotFoundError:  # no git here
+        commit = ""
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+    }
+    write_json(out_path("config.json"), {
+        "config": config, "command": sys.argv, "commit": commit or None, "versions": versions,
+    })
 
 
 # -----------------------------------------------------------------------------
 # the loop
 
-def load_last(ranks, config):
-    """last.pt of out_dir, checked against the settings. Raises ValueError naming a setting that differs."""
-    path, other = os.path.join(out_dir, "last.pt"), os.path.join(out_dir, "ckpt.pt")
-    try:
-        checkpoint = load_checkpoint(path)
-    except ValueError as error:
-        hint = f"; {other} is there: to go on from it, copy it to {path}" if os.path.exists(other) else ""
-        raise ValueError(f"{error}{hint}") from None
-    for key, value in checkpoint["model_args"].items():
-        if config[key] != value:
-            raise ValueError(f"{path} was trained with {key}={value!r}, not {config[key]!r}: use that, or another out_dir")
-    return checkpoint
+
+class Meter:
+    """Throughput, MFU and memory between two log lines."""
+
+    def __init__(self, model, ranks, it):
+        self.device = ranks.device
+        self.tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
+        attention = 12 * n_layer * n_embd * block_size
+        self.flops_per_token = 6 * model.get_num_params() + attention
+        self.name = platform.processor() or "CPU"
+        if self.device.type == "cuda":
+            self.name = torch.cuda.get_device_name()
+        peaks = [flops for name, flops in PEAK_BF16_FLOPS.items() if name in self.name]
+        self.peak_flops = peaks[0] * ranks.world_size if peaks else None
+        self.start(it)
+
+    def start(self, it):
+        self.start_it = it
+        self.start_time = time.perf_counter()
+        self.data_wait = 0.0
+
+    def read(self, it):
+        """Since start, up to the end of iteration it: log.csv's columns."""
+        seconds = time.perf_counter() - self.start_time
+        tok_per_s = self.tokens_per_iter * (it + 1 - self.start_it) / seconds
+        mfu = tok_per_s * self.flops_per_token / self.peak_flops if self.peak_flops else None
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if self.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated()
+        return {
+            "tok_per_s": round(tok_per_s),
+            "mfu": mfu,
+            "peak_memory_gb": round(memory / 1e9, 3),
+            "data_wait_s": round(self.data_wait, 4),
+        }
+
+
+def train(run, state, log):
+    """Train from state to max_iters, or until a signal; True if a signal stopped it."""
+    ranks = run.ranks
+    accumulation = gradient_accumulation_steps // ranks.world_size
+    windows_per_iter = gradient_accumulation_steps * batch_size
+    epoch_windows = len(run.train_windows)
+    batches = micro_batches(run, state.windows_read)
+    x, y = next(batches)
+    meter = Meter(run.raw_model, ranks, state.iter)
+    while True:
+        it = state.iter
+        finished = it >= max_iters
+        if (it % eval_interval == 0 or finished) and state.evaluated != it:
+            if evaluate(run, state, log):
+                save(run, state, last=True)
+                return True
+            meter.start(it)  # an evaluation's time isn't training's
+        if finished:
+            return False
+
+        muon_rate = get_lr(it, muon_lr, muon_min_lr)
+        adamw_rate = get_lr(it, adamw_lr, adamw_min_lr)
+        run.optimizer.set_lr(muon_rate, adamw_rate)
+
+        loss_sum = torch.zeros((), device=ranks.device)
+        for micro_step in range(accumulation):
+            if ranks.world_size > 1:
+                # before the forward: DDP reads it there, and sums gradients in the last backward
+                run.model.require_backward_grad_sync = micro_step == accumulation - 1
+            with run.autocast:
+                loss = run.model(x, y)[1] / accumulation
+            loss.backward()
+            loss_sum += loss.detach()
+            # the next micro-batch is read while a GPU still works on this one
+            before = time.perf_counter()
+            x, y = next(batches)
+            meter.data_wait += time.perf_counter() - before
+
+        gradients = [p.grad for p in run.raw_model.parameters()]
+        grad_norm = torch.nn.utils.get_total_norm(gradients)
+        # The one place in an iteration where the host waits for the device. Stopping is summed as
+        # well, so that all ranks stop after the same iteration.
+        asked = loss_sum.new_tensor(float(run.stop.asked))
+        sums = ranks.sum(torch.stack([loss_sum, grad_norm, asked])).tolist()
+        loss_mean = sums[0] / ranks.world_size
+        grad_norm = sums[1] / ranks.world_size
+        stopping = sums[2] > 0
+        if not math.isfinite(loss_mean + grad_norm):
+            report_nonfinite(run, state, loss_mean, grad_norm)
+
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        for sae in run.raw_model.saes():
+            sae.update_stats()  # after the step: no token sees its own step's statistics
+
+        epoch = state.windows_read // epoch_windows
+        state.iter += 1
+        state.windows_read += windows_per_iter
+        if ranks.master and it % log_interval == 0:
+            log_iteration(log, state, loss_mean, grad_norm, muon_rate, adamw_rate, meter)
+            meter.start(state.iter)
+        if ranks.master and state.windows_read // epoch_windows > epoch:
+            print(f"iter {state.iter}: epoch {state.windows_read // epoch_windows} of the data "
+                  "begins")
+        if stopping and state.iter < max_iters:
+            save(run, state, last=True)
+            return True
+
+
+def log_iteration(log, state, loss, grad_norm, muon_rate, adamw_rate, meter):
+    """A row of log.csv and a line on the terminal for the iteration that state has just passed."""
+    it = state.iter - 1
+    row = {
+        "iter": it,
+        "tokens": state.windows_read * block_size,
+        "loss": loss,
+        "muon_lr": muon_rate,
+        "adamw_lr": adamw_rate,
+        "grad_norm": grad_norm,
+        **meter.read(it),
+    }
+    log.write(row)
+    minutes = (max_iters - it - 1) * meter.tokens_per_iter / row["tok_per_s"] / 60
+    mfu = f", MFU {row['mfu']:.1%}" if row["mfu"] else ""
+    print(f"iter {it}: loss {loss:.4f}, lr {muon_rate:.2e} {adamw_rate:.2e}, "
+          f"{row['tok_per_s']:,} tok/s{mfu}, {row['peak_memory_gb']:.2f} GB, "
+          f"{minutes:.1f} min left")
+
+
+def prepare_final_evals(config):
+    """A function of a Run that scores its weights; what it needs is missed now, not after hours."""
+    import evals
+    configure(vars(evals), final_evals_args.split())
+    encoding = get_tokenizer(config["tokenizer"])
+    tasks = evals.load_tasks(encoding, block_size)
+
+    def run_final_evals(run):
+        model = run.raw_model.eval()
+        with run.autocast:
+            windows = evals.val_windows(run.val_windows)
+            scores = evals.evaluate(model, encoding, windows, tasks)
+        evals.report(scores, out_dir)
+
+    return run_final_evals
+
+
+def start_run(config, ranks):
+    """Data, model and optimizer -> a Run at its beginning."""
+    torch.manual_seed(seed)
+    torch.set_float32_matmul_precision("high")  # TF32 on CUDA
+    train_windows, val_windows = read_data(config)
+    model_args = {field.name: config[field.name] for field in fields(GPTConfig)}
+    raw_model = GPT(GPTConfig(**model_args)).to(ranks.device)
+    use_bf16 = dtype == "bfloat16" or dtype == "auto" and ranks.device.type == "cuda"
+    return Run(
+        config=config,
+        ranks=ranks,
+        stop=StopSignals(),
+        train_windows=train_windows,
+        val_windows=val_windows,
+        raw_model=raw_model,
+        model=parallel_model(raw_model, ranks),
+        optimizer=MuonAdamW(
+            raw_model, muon_lr, adamw_lr, momentum, (beta1, beta2), weight_decay
+        ),
+        autocast=torch.autocast(ranks.device.type, dtype=torch.bfloat16, enabled=use_bf16),
+    )
 
 
 def main():
     config = configure(globals())
     check_settings()
     ranks = Ranks()
-    master = ranks.rank == 0
-    model_args = {key: config[key] for key in GPTConfig.__dataclass_fields__}
-    torch.manual_seed(seed)
-    torch.set_float32_matmul_precision("high")  # TF32 on CUDA
-    use_bf16 = dtype == "bfloat16" or dtype == "auto" and ranks.device.type == "cuda"
-    autocast = torch.autocast(ranks.device.type, dtype=torch.bfloat16, enabled=use_bf16)
-
-    train_windows, val_windows = (Windows(data_dir, split, block_size) for split in ("train", "val"))
-    if train_windows.meta["vocab_size"] > vocab_size:
-        raise ValueError(f"vocab_size={vocab_size} is below the {train_windows.meta['vocab_size']} of {data_dir}'s tokenizer "
-                         f"{train_windows.meta['tokenizer']!r}")
-    config["tokenizer"], config["tokenizer_vocab_size"] = train_windows.meta["tokenizer"], train_windows.meta["vocab_size"]
-    if final_evals:  # what it needs is missed now, not after hours
-        import evals
-        configure(vars(evals), final_evals_args.split())
-        encoding = get_tokenizer(config["tokenizer"])
-        tasks = evals.load_tasks(encoding, block_size)
-    raw_model = GPT(GPTConfig(**model_args)).to(ranks.device)
-    optimizer = MuonAdamW(raw_model, muon_lr, adamw_lr, momentum, (beta1, beta2), weight_decay)
-    it, windows_read, evaluated, best_val_loss = 0, 0, -1, math.inf  # evaluated: the last iteration with an evaluation
-    last = os.path.join(out_dir, "last.pt")
-    if init_from == "resume":
-        checkpoint = load_last(ranks, config)
-        raw_model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        it, windows_read, evaluated, best_val_loss = (
-            checkpoint[key] for key in ("iter", "windows_read", "evaluated", "best_val_loss"))
-        if checkpoint["train_windows"] != len(train_windows):
-            raise ValueError(f"{data_dir} has {len(train_windows)} training windows, and had {checkpoint['train_windows']} "
-                             "when last.pt was written: the data order would not go on")
-        if checkpoint["config"]["tokenizer"] != config["tokenizer"]:
-            raise ValueError(f"{data_dir} has tokenizer {config['tokenizer']!r}, and {last} was trained with "
-                             f"{checkpoint['config']['tokenizer']!r}")
-        torch.set_rng_state(checkpoint["rng"]["cpu"])
-        if ranks.device.type == "cuda" and checkpoint["rng"]["cuda"] is not None:
-            torch.cuda.set_rng_state(checkpoint["rng"]["cuda"])
-        del checkpoint
-    elif os.path.exists(last):
-        raise ValueError(f"{last} is there already: go on with --init_from=resume or choose another --out_dir")
-    model = torch.compile(raw_model) if compile else raw_model
-    if ranks.world_size > 1:  # the SAE's buffers are kept equal by update_stats
-        model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-
-    accumulation = gradient_accumulation_steps // ranks.world_size
-    windows_per_iter = gradient_accumulation_steps * batch_size
-    tokens_per_iter = windows_per_iter * block_size
-    flops_per_token = 6 * raw_model.get_num_params() + 12 * n_layer * n_embd * block_size
-    device_name = torch.cuda.get_device_name() if ranks.device.type == "cuda" else platform.processor() or "CPU"
-    peak_flops = next((flops for name, flops in PEAK_BF16_FLOPS.items() if name in device_name), None)
-
-    health_columns = [f"{key}_{level}" for level in range(len(raw_model.saes()[0].levels) if cayley_levels else 0)
-                      for key in ("dead", "active")] + ["explained"] * bool(cayley_levels)
-    if master:
-        os.makedirs(out_dir, exist_ok=True)
-        write_config(config)
-        log = Log(["iter", "tokens", "loss", "val_loss", "muon_lr", "adamw_lr", "grad_norm", "tok_per_s", "mfu",
-                   "peak_memory_gb", "data_wait_s"] + health_columns, it, evaluated, config)
-        print(f"{raw_model.get_num_params():,} parameters, {ranks.world_size} x {device_name}, {tokens_per_iter:,} tokens "
-              f"an iteration, {len(train_windows):,} training windows")
-    stop = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: stop.append(number))
-
-    def micro_batch(windows_read, micro_step):
-        """The rank's share of an iteration: whatever the number of ranks, an iteration has the same windows."""
-        first = windows_read + (micro_step * ranks.world_size + ranks.rank) * batch_size
-        return to_device(train_windows.shuffled(first, batch_size, seed), ranks.device)
-
-    def save(best):
-        optimizer_state = optimizer.state_dict()  # gathers momentum from all ranks
-        if master:
-            cuda_rng = torch.cuda.get_rng_state() if ranks.device.type == "cuda" else None
-            save_checkpoint({"model": raw_model.state_dict(), "optimizer": optimizer_state, "model_args": model_args,
-                             "config": config, "iter": it, "windows_read": windows_read, "evaluated": evaluated,
-                             "best_val_loss": best_val_loss, "train_windows": len(train_windows),
-                             "rng": {"cpu": torch.get_rng_state(), "cuda": cuda_rng}}, best)
-
-    x, y = micro_batch(windows_read, 0)
-    start_time, start_it, data_wait = time.perf_counter(), it, 0.0
-    while True:
-        if (it % eval_interval == 0 or it == max_iters) and evaluated != it:
-            evaluated = it
-            val_loss = validate(model, val_windows, ranks, autocast)
-            health = sae_health(raw_model, val_windows, ranks, autocast)
-            best = val_loss < best_val_loss
-            best_val_loss = min(best_val_loss, val_loss)
-            if master:
-                log.write({"iter": it, "tokens": windows_read * block_size, "val_loss": val_loss, **health})
-                print(f"iter {it}: val loss {val_loss:.4f}" + "".join(f", {key} {value:.6g}" for key, value in health.items()))
-            save(best)
-            start_time, start_it, data_wait = time.perf_counter(), it, 0.0
-        if it >= max_iters:
-            break
-
-        lrs = get_lr(it, muon_lr, muon_min_lr), get_lr(it, adamw_lr, adamw_min_lr)
-        optimizer.set_lr(*lrs)
-        loss_sum = torch.zeros((), device=ranks.device)
-        for micro_step in range(accumulation):
-            if ranks.world_size > 1:  # DDP reads it in forward
-                model.require_backward_grad_sync = micro_step == accumulation - 1
-            with autocast:
-                loss = model(x, y)[1] / accumulation
-            loss.backward()
-            loss_sum += loss.detach()
-            wait = time.perf_counter()
-            if micro_step < accumulation - 1:  # on CUDA this is asynchronous to the kernels in flight
-                x, y = micro_batch(windows_read, micro_step + 1)
-            else:
-                x, y = micro_batch(windows_read + windows_per_iter, 0)
-            data_wait += time.perf_counter() - wait
-        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in raw_model.parameters()])
-        # the one place in an iteration where the host waits for the device
-        loss_mean, grad_norm, n_stop = ranks.sum(torch.stack([loss_sum, grad_norm, loss_sum.new_tensor(len(stop))])).tolist()
-        loss_mean, grad_norm = loss_mean / ranks.world_size, grad_norm / ranks.world_size
-        if not math.isfinite(loss_mean + grad_norm):
-            with autocast:
-                names = (first_nonfinite(raw_model, *micro_batch(windows_read, i)) for i in range(accumulation))
-                where = next(filter(None, names), "no micro-batch of this rank")
-            raise ValueError(f"iteration {it}: loss {loss_mean}, gradient norm {grad_norm}, first in {where}; the weights are "
-                             f"as before it, {last} as it was. Lower the learning rates?")
-        optimizer.step()
-        optimizer.zero_grad()
-        for sae in raw_model.saes():
-            sae.update_stats()
-        if it % log_interval == 0 and master:
-            seconds = time.perf_counter() - start_time
-            tok_per_s = tokens_per_iter * (it + 1 - start_it) / seconds
-            memory = (torch.cuda.max_memory_allocated() if ranks.device.type == "cuda" else
-                      resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9
-            mfu = tok_per_s * flops_per_token / (peak_flops * ranks.world_size) if peak_flops else None
-            log.write({"iter": it, "tokens": (windows_read + windows_per_iter) * block_size, "loss": loss_mean, "muon_lr": lrs[0],
-                       "adamw_lr": lrs[1], "grad_norm": grad_norm, "tok_per_s": round(tok_per_s), "mfu": mfu,
-                       "peak_memory_gb": round(memory, 3), "data_wait_s": round(data_wait, 4)})
-            eta = (max_iters - it - 1) * tokens_per_iter / tok_per_s
-            print(f"iter {it}: loss {loss_mean:.4f}, lr {lrs[0]:.2e} {lrs[1]:.2e}, {tok_per_s:,.0f} tok/s"
-                  + (f", MFU {mfu:.1%}" if mfu else "") + f", {memory:.2f} GB, {eta / 60:.1f} min left")
-            start_time, start_it, data_wait = time.perf_counter(), it + 1, 0.0
-        it += 1
-        windows_read += windows_per_iter
-        if master and windows_read // len(train_windows) > (windows_read - windows_per_iter) // len(train_windows):
-            print(f"iter {it}: epoch {windows_read // len(train_windows)} of the data begins")
-        if n_stop and it < max_iters:
-            save(best=False)
-            if master:
-                print(f"stopped after iteration {it - 1}: {last} is written, go on with --init_from=resume")
-            break
-    if final_evals and master and it == max_iters:
-        with autocast:
-            evals.report(evals.evaluate(raw_model.eval(), encoding, evals.val_windows(val_windows), tasks), out_dir)
-    if master and log.wandb:
-        log.wandb.finish()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-        # Not by Python's own end: gloo's threads need the interpreter to let go of the last tensors, and hang or abort there.
-        sys.stdout.flush()
-        os._exit(0)
+    run = start_run(config, ranks)
+    final = prepare_final_evals(config) if final_evals else None
+    state = State()
+    log = None
+    with contextlib.ExitStack() as held:
+        if ranks.master:
+            os.makedirs(out_dir, exist_ok=True)
+            held.enter_context(lock(out_dir))
+        if init_from == "resume":
+            resume(run, state)
+        elif os.path.exists(out_path("last.pt")):
+            raise ValueError(f"{out_path('last.pt')} is there already: go on with "
+                             "--init_from=resume or choose another --out_dir")
+        if ranks.master:
+            write_config(config)
+            log = Log(log_columns(run.raw_model), state, config)
+            meter = Meter(run.raw_model, ranks, 0)
+            print(f"{run.raw_model.get_num_params():,} parameters, {ranks.world_size} x "
+                  f"{meter.name}, {meter.tokens_per_iter:,} tokens an iteration, "
+                  f"{len(run.train_windows):,} training windows")
+            if state.iter >= max_iters:
+                print(f"{out_path('last.pt')} has its {state.iter} iterations already: a larger "
+                      "--max_iters goes on")
+        stopped = train(run, state, log)
+        if ranks.master and stopped:
+            print(f"stopped after iteration {state.iter - 1}: {out_path('last.pt')} is written, go "
+                  "on with --init_from=resume")
+        if ranks.master and final and not stopped:
+            run.stop.interrupt_from_now_on()
+            final(run)
+        if ranks.master and log.wandb:
+            log.wandb.finish()
+    ranks.end()
 
 
 if __name__ == "__main__":

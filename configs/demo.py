@@ -15,4 +15,4 @@ cayley_levels = "7,8,0;11,16,64"
 max_iters = 700
 warmup_iters = 20
 device = "cpu"
-compile = False
+torch_compile = False
