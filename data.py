@@ -1,23 +1,28 @@
 """
 Reading token bins: tokenizers, meta.json, and windows of tokens in their training order.
 
-prepare_fineweb.py writes what this file reads. The atomic writes that every script uses are here too.
+prepare_fineweb.py writes what this file reads. How every script writes a file, locks a directory
+and reads a text is here too.
 """
+import codecs
 import contextlib
+import fcntl
+import hashlib
 import json
 import os
 import shutil
+import sys
 
 import numpy as np
 import tiktoken
 
 # -----------------------------------------------------------------------------
-# files that are whole or not there
+# files that are whole or not there, directories that belong to one process
 
 @contextlib.contextmanager
 def atomic(path, mode="w"):
     """
-    A file to fill ("w": UTF-8 text, "wb": bytes) that is at path, whole and on the disk, at the end.
+    A file to fill ("w": UTF-8 text, "wb": bytes): at path when it is whole and on the disk.
 
     If the block fails the old file at path stays, and nothing of the new one. A killed process
     leaves path.tmp behind, which the next write replaces.
@@ -70,6 +75,80 @@ def new_directory(path):
         raise
 
 
+@contextlib.contextmanager
+def lock(directory):
+    """
+    Hold a directory, made if need be, for this process: to the block's end or the process' death.
+
+    Raises ValueError if another process holds it.
+    """
+    os.makedirs(directory, exist_ok=True)
+    held = os.open(directory, os.O_RDONLY)  # the directory itself: no lock file stays behind
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(held)
+        raise ValueError(f"{directory}: another process works in it: wait for its end, or choose "
+                         "another --out_dir") from None
+    except OSError as error:  # NFS locks files alone
+        print(f"{directory} can't be locked ({error.strerror}): start no second process in it",
+              file=sys.stderr)
+    try:
+        yield
+    finally:
+        os.close(held)
+
+
+# -----------------------------------------------------------------------------
+# text files
+
+def read_lines(path, on_error="refuse"):
+    """
+    Yield the lines of a UTF-8 file, their ends as they are (CR LF stays), no byte order mark.
+
+    on_error: a line that is not UTF-8 raises a ValueError that names it ("refuse"), or is named on
+    standard error and has U+FFFD there ("replace").
+    """
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            try:
+                yield line.decode()
+            except UnicodeDecodeError as error:
+                byte = f"byte {error.start} is 0x{line[error.start]:02x}"
+                message = f"{path}, line {number}: invalid UTF-8 ({byte})"
+                if on_error == "refuse":
+                    fix = "convert the file to UTF-8 (or prepare it with --on_error=replace)"
+                    raise ValueError(f"{message}: {fix}") from None
+                print(f"{message}, replaced", file=sys.stderr)
+                yield line.decode(errors="replace")
+
+
+def read_text(path, on_error="refuse"):
+    """The text of a UTF-8 file as read_lines has it. Raises ValueError as it does."""
+    return "".join(read_lines(path, on_error))
+
+
+def read_json_lines(path, on_error="refuse", start=0):
+    """
+    Yield the values of a .jsonl file, one a line that isn't blank, from number start on.
+
+    Raises ValueError naming a line that is not JSON, or not UTF-8 as in read_lines.
+    """
+    value = 0
+    for number, line in enumerate(read_lines(path, on_error), 1):
+        if line.isspace():
+            continue
+        if value >= start:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                raise ValueError(f"{path}, line {number}: not JSON") from None
+            yield row
+        value += 1
+
+
 # -----------------------------------------------------------------------------
 # tokenizers and meta.json
 
@@ -100,19 +179,36 @@ def get_tokenizer(name):
 
 def read_meta(data_dir):
     """
-    meta.json of a prepared directory.
+    meta.json of a prepared directory, or of one that is being prepared.
 
-    Raises ValueError naming a directory that has none or a damaged one.
+    Raises ValueError naming a directory that has none, or what is wrong with it.
     """
     path = os.path.join(data_dir, "meta.json")
     try:
-        with open(path) as file:
-            return json.load(file)
+        with open(path, encoding="utf-8") as file:
+            meta = json.load(file)
     except FileNotFoundError:
         fix = f"prepare the data with prepare_fineweb.py --out_dir={data_dir}"
         raise ValueError(f"{path} is missing: {fix}") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} can't be read: {error}") from None
+    kinds = {"tokenizer": str, "vocab_size": int, "dtype": str, "complete": bool, "shards": list}
+    _check_fields(path, meta, kinds)
+    for number, shard in enumerate(meta["shards"]):
+        _check_fields(f"{path}, shard {number}", shard, {"file": str, "split": str, "tokens": int})
+    if meta["dtype"] != "uint16":
+        raise ValueError(f"{path}: dtype is {meta['dtype']!r}, only 'uint16' bins can be read")
+    return meta
+
+
+def _check_fields(name, value, kinds):
+    """Raise ValueError unless value is a dict with keys of certain types."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{name}: {str(value)[:40]} is not what prepare_fineweb.py writes")
+    for key, kind in kinds.items():
+        if not isinstance(value.get(key), kind):
+            found = f"{key} is {value[key]!r}" if key in value else f"{key} is missing"
+            raise ValueError(f"{name}: {found}, it must be {kind.__name__}")
 
 
 # -----------------------------------------------------------------------------
@@ -150,44 +246,64 @@ class Windows:
 
     Each starts block_size after the one before, so that every token is a target once. data_dir: a
     directory, or several with commas between them, one after the other. Raises ValueError if a
-    shard of a meta.json is missing or short, if tokenizers differ, or if there is no whole window.
+    directory isn't whole, if a shard of a meta.json is missing or short, if tokenizers differ, or
+    if there is no whole window.
     """
 
     def __init__(self, data_dir, split, block_size):
         self.block_size = block_size
         self.files = []
+        self.paths = []
+        self.checksums = []
         directories = data_dir.split(",")
+        if "" in directories:
+            raise ValueError(f"data_dir={data_dir!r}: there must be a directory on each side of a "
+                             "comma")
         self.meta = read_meta(directories[0])
         counts = []
         for directory in directories:
             meta = read_meta(directory)
+            if not meta["complete"]:
+                raise ValueError(f"{directory} is not whole: run its prepare_fineweb.py command "
+                                 "again, which goes on (and ends at a lower --tokens)")
             if meta["tokenizer"] != self.meta["tokenizer"]:
                 raise ValueError(f"{directory} has tokenizer {meta['tokenizer']!r} and "
                                  f"{directories[0]} {self.meta['tokenizer']!r}")
             for shard in meta["shards"]:
                 if shard["split"] == split:
-                    self.files.append(self._open(directory, shard))
+                    self._open(directory, shard)
                     counts.append((shard["tokens"] - 1) // block_size)
         self.ends = np.cumsum(counts)  # number of the first window after each shard
         if not counts or not self.ends[-1]:
             raise ValueError(f"{data_dir}: no {split} shard has a window of block_size + 1 = "
                              f"{block_size + 1} tokens")
 
-    @staticmethod
-    def _open(directory, shard):
+    def _open(self, directory, shard):
         path = os.path.join(directory, shard["file"])
         expected = 2 * shard["tokens"]  # uint16
         size = os.path.getsize(path) if os.path.exists(path) else None
         if size != expected:
             found = "is missing" if size is None else f"has {size} bytes"
             raise ValueError(f"{path} {found}, meta.json says {expected}: prepare it again")
-        return os.open(path, os.O_RDONLY)
+        self.files.append(os.open(path, os.O_RDONLY))
+        self.paths.append(path)
+        self.checksums.append(shard.get("sha256", ""))
+
+    @property
+    def fingerprint(self):
+        """A hex digest of what the windows are: block_size and the shards' checksums in order."""
+        described = " ".join([str(self.block_size), *self.checksums])
+        return hashlib.sha256(described.encode()).hexdigest()
 
     def __len__(self):
         return int(self.ends[-1])
 
     def read(self, numbers):
-        """Windows by number (0 <= number < len) -> int64 (len(numbers), block_size + 1)."""
+        """
+        Windows by number (0 <= number < len) -> int64 (len(numbers), block_size + 1).
+
+        Raises ValueError naming a shard that has an id beyond the vocabulary, or got shorter.
+        """
         n_bytes = 2 * (self.block_size + 1)
         rows = []
         for number in numbers:
@@ -195,7 +311,12 @@ class Windows:
             in_shard = int(number - (self.ends[shard - 1] if shard else 0))
             # pread, not a memmap: the pages belong to the system's cache and not to this process
             row = os.pread(self.files[shard], n_bytes, 2 * self.block_size * in_shard)
-            rows.append(np.frombuffer(row, dtype=np.uint16))
+            row = np.frombuffer(row, dtype=np.uint16)
+            if len(row) != self.block_size + 1 or row.max() >= self.meta["vocab_size"]:
+                fix = f"prepare_fineweb.py --verify={os.path.dirname(self.paths[shard])} tells more"
+                raise ValueError(f"{self.paths[shard]} is damaged: window {in_shard} is short or "
+                                 f"has an id beyond vocab_size={self.meta['vocab_size']}; {fix}")
+            rows.append(row)
         return np.stack(rows).astype(np.int64)
 
     def shuffled(self, first, count, seed):
@@ -219,9 +340,23 @@ def run_windows(config, split, data_dir=""):
 
     Raises ValueError as Windows does, and if the data are of another tokenizer than the run's.
     """
-    data_dir = data_dir or config["data_dir"]
+    data_dir = data_dir or run_data_dir(config)
     windows = Windows(data_dir, split, config["block_size"])
     if windows.meta["tokenizer"] != config["tokenizer"]:
         raise ValueError(f"{data_dir}: its tokenizer is {windows.meta['tokenizer']!r} and the "
                          f"checkpoint's {config['tokenizer']!r}")
     return windows
+
+
+def run_data_dir(config):
+    """
+    A run's data_dir, its relative names being of the directory in which the run was started.
+
+    That is config["working_directory"]. A name that isn't there means a directory here, and so do
+    those of runs that didn't record it.
+    """
+    found = []
+    for directory in config["data_dir"].split(","):
+        elsewhere = os.path.join(config.get("working_directory", ""), directory)
+        found.append(elsewhere if os.path.isdir(elsewhere) else directory)
+    return ",".join(found)
