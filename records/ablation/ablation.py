@@ -1,0 +1,249 @@
+"""
+What the design of the layer leaves open: the dense twin, and the layer with one thing changed.
+
+    python records/ablation/ablation.py --seeds=3 --jobs=2
+    python records/ablation/ablation.py --long --seeds=3 --jobs=2 --out_dir=out/ablation_long
+    python records/ablation/ablation.py --only "no gate" --only "Gold exponent 3"
+
+Start it at the top of the repository, after `make demo` has built data/python. Every setting trains
+configs/demo.py at SIZE by train.py; those of AblatedSAE train it with that layer in the model.
+"""
+import math
+import os
+import sys
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+# Python puts a script's own directory on sys.path; model.py and the others are two above
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
+
+import model
+import tax
+import train
+from cayley import CayleySAE, Codes, labels, open_features
+from configurator import configure, run_main
+
+# settings, see configurator.py
+config = "configs/demo.py"  # of every run
+train_settings = []  # key=value, settings of train.py for every run, after SIZE
+seeds = 1  # runs of each setting, with different weights and batches
+jobs = 1  # runs at a time, sharing the cores
+long = False  # the settings of LONG at twice the iterations
+only = []  # names of settings; none: all
+out_dir = "out/ablation"
+
+SIZE = [
+    "n_layer=2",
+    "n_embd=256",
+    "n_head=4",
+    "block_size=128",
+    "batch_size=8",
+    "gradient_accumulation_steps=1",
+    "max_iters=250",
+    "warmup_iters=20",
+    "eval_interval=50",
+    "eval_iters=32",
+]
+BASE = "cayley_levels=8,8,0;12,16,64"
+MOST_ON_TOP = "cayley_levels=8,16,0;12,8,16"
+ONE_LEVEL = "cayley_levels=8,24,0"
+RAW = "score_standardize=False forward_standardized=False"
+SETTINGS = {
+    "two levels, 8 + 16 of 256 + 4,096": BASE,
+    "level 0 alone, 24 active": ONE_LEVEL,
+    "level 0 alone, 8 active": "cayley_levels=8,8,0",
+    "three levels, 8 + 8 + 8": "cayley_levels=8,8,0;12,8,64;16,8,64",
+    "k split 16 + 8": "cayley_levels=8,16,0;12,8,64",
+    "k split 4 + 20": "cayley_levels=8,4,0;12,20,64",
+    "delta 16": "cayley_levels=8,8,0;12,16,16",
+    "delta 256": "cayley_levels=8,8,0;12,16,256",
+    "no gate": f"{BASE} per_parent_budget=False",
+    "raw scores, raw codes": f"{BASE} {RAW}",
+    "standardised scores, raw codes": f"{BASE} forward_standardized=False",
+    "Gold exponent 3": f"{BASE} dictionary=gold",
+    "random dictionary": f"{BASE} dictionary=random",
+    "residual of the level above": f"{BASE} residual=True",
+    "no repeats of parents": f"{BASE} repeats=False",
+    "by absolute value": f"{BASE} absolute=True",
+    "leaves weigh 1/2": f"{BASE} leaf_weight=0.5",
+    "k split 16 + 8, delta 16": MOST_ON_TOP,
+    "k split 16 + 8, delta 16, raw": f"{MOST_ON_TOP} {RAW}",
+    "level 0 alone, 24 active, raw": f"{ONE_LEVEL} {RAW}",
+}
+LONG = [
+    "two levels, 8 + 16 of 256 + 4,096",
+    "level 0 alone, 24 active",
+    "raw scores, raw codes",
+    "no repeats of parents",
+    "no gate",
+    "residual of the level above",
+    "leaves weigh 1/2",
+    "k split 16 + 8, delta 16",
+    "k split 16 + 8, delta 16, raw",
+    "level 0 alone, 24 active, raw",
+]
+
+# -----------------------------------------------------------------------------
+# the layer with options
+
+def gold_atoms(t, n):
+    """Atoms (2^n, 2^t) by labels of the t bits of x and then Tr(alpha^j x^3), j = 0, 1, ..."""
+    v = np.arange(2**n)[:, None]
+    parity = np.bitwise_count(v & labels(t, n, exponents=(3,))) & 1  # (2^n, 2^t)
+    return torch.from_numpy(1.0 - 2 * parity).float() * 2 ** (-t / 2)
+
+
+def random_atoms(walsh, n, seed):
+    """Random signs as atoms, (2^n, d), in which v << (n - t) stays row v of walsh (d, d)."""
+    d = len(walsh)
+    generator = torch.Generator().manual_seed(seed)
+    atoms = (torch.randint(0, 2, (2**n, d), generator=generator) * 2.0 - 1) * d**-0.5
+    atoms[:: 2**n // d] = walsh
+    return atoms
+
+
+class AblatedSAE(CayleySAE):
+    """
+    CayleySAE by products with dense dictionaries, and with options that it doesn't have.
+
+    dictionary: below level 0, "kasami" (the design's), "gold" or "random", see the functions above
+    residual: a level scores what the levels above leave
+    repeats: a leaf may be its parent's atom
+    absolute: the largest |score| are active
+    leaf_weight: of the codes of all levels but the first
+    """
+
+    dictionary = "kasami"
+    residual = False
+    repeats = True
+    absolute = False
+    leaf_weight = 1.0
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        for i, level in enumerate(self.levels):
+            if self.dictionary == "gold" and i > 0:
+                atoms = gold_atoms(self.t, level.n)
+            elif self.dictionary == "random" and i > 0:
+                atoms = random_atoms(self.atoms_0, level.n, seed=i)
+            else:
+                atoms = self.atoms(i, range(2**level.n))
+            self.register_buffer(f"atoms_{i}", atoms, persistent=False)
+        self.register_buffer("pending_raw", torch.zeros(2, len(self.bias)), persistent=False)
+
+    def encode(self, x):
+        codes = []
+        left = x  # (..., d)
+        scale, shift = self.standardization()  # (F,)
+        for i, where in enumerate(self.level_slices):
+            ids, raw = self._select(i, left, codes, scale[where], shift[where])  # (..., k)
+            values = raw
+            if self.forward_standardized:
+                values = raw * scale[where][ids] + shift[where][ids]
+            values = values + self.bias[where][ids]
+            if i > 0:
+                values = values * self.leaf_weight
+            codes.append(Codes(ids, values))
+            if self.residual:  # in raw units
+                left = left - self._sum(i, ids, raw)
+        if self.training:
+            self.pending_rows += x[..., :: self.stats_stride, 0].numel()
+        return codes
+
+    def _select(self, i, left, codes, scale, shift):
+        """Active features of level i, (..., k), and their raw scores, differentiable in left."""
+        level, where = self.levels[i], self.level_slices[i]
+        atoms = getattr(self, f"atoms_{i}")  # (2^n, d)
+        with torch.no_grad():
+            raw = left @ atoms.T  # (..., 2^n)
+            rank = raw * scale + shift + self.bias[where]
+            if self.absolute:
+                rank = rank.abs()
+            if self.block_bits[i] < level.n:
+                parents = codes[-1].ids.flatten(0, -2)  # (N, k)
+                opened = open_features(parents, self.levels[i - 1].n, level.n, self.block_bits[i])
+                rank = rank.masked_fill(~opened.view_as(rank), -math.inf)
+            if i > 0 and not self.repeats:
+                rank[..., :: 2 ** (level.n - self.levels[i - 1].n)] = -math.inf
+            ids = rank.topk(level.k).indices
+            if self.training:
+                seen = raw[..., :: self.stats_stride, :].flatten(0, -2)
+                self.pending_raw[:, where] += torch.stack([seen.sum(0), seen.square().sum(0)])
+                self.pending_counts[where] += ids.flatten().bincount(minlength=2**level.n)
+        return ids, (atoms[ids] @ left.unsqueeze(-1)).squeeze(-1)
+
+    def _sum(self, i, ids, values):
+        """Atoms of level i: ids and values (..., k) -> (..., d)."""
+        rows, atoms = ids.flatten(0, -2), getattr(self, f"atoms_{i}")
+        weights = values.flatten(0, -2)
+        total = F.embedding_bag(rows, atoms, mode="sum", per_sample_weights=weights)
+        return total.view(*ids.shape[:-1], self.n_embd)
+
+    def decode(self, codes):
+        return sum(self._sum(i, ids, values) for i, (ids, values) in enumerate(codes))
+
+    @torch.no_grad()
+    def update_stats(self):
+        """As CayleySAE's, on one rank, from the scores of all features."""
+        mean, square = self.pending_raw / self.pending_rows
+        self.mean += self.stats_momentum * (mean - self.mean)
+        self.var += self.stats_momentum * ((square - mean * mean).clamp_min(0) - self.var)
+        self.active_counts += self.pending_counts
+        for pending in (self.pending_raw, self.pending_rows, self.pending_counts):
+            pending.zero_()
+
+
+# -----------------------------------------------------------------------------
+# runs
+
+OPTIONS = {
+    "dictionary": str,
+    "residual": lambda text: text == "True",
+    "repeats": lambda text: text == "True",
+    "absolute": lambda text: text == "True",
+    "leaf_weight": float,
+}
+
+
+def take_options(arguments):
+    """--key=value arguments -> {key: value} of those of AblatedSAE, and the others."""
+    options, others = {}, []
+    for argument in arguments:
+        key, _, text = argument.removeprefix("--").partition("=")
+        if key in OPTIONS:
+            options[key] = OPTIONS[key](text)
+        else:
+            others.append(argument)
+    return options, others
+
+
+def train_one(arguments):
+    """Be train.py with these arguments; options among them put AblatedSAE into the model."""
+    options, others = take_options(arguments)
+    if options:
+        for key, value in options.items():
+            setattr(AblatedSAE, key, value)
+        model.CayleySAE = AblatedSAE
+    sys.argv[1:] = others
+    train.main()
+
+
+def main():
+    if sys.argv[1:2] == ["--train"]:
+        return train_one(sys.argv[2:])
+    configure(globals())
+    names = only or (LONG if long else list(SETTINGS))
+    for name in names:
+        if name not in SETTINGS:
+            raise ValueError(f"only={name!r}: must be one of {', '.join(map(repr, SETTINGS))}")
+    settings = {"dense": tax.DENSE} | {name: SETTINGS[name] for name in names}
+    common = SIZE + ["max_iters=500"] * long + train_settings
+    script = [os.path.abspath(__file__), "--train"]
+    curves = tax.compare(settings, config, common, out_dir, seeds, jobs, script)
+    tax.report(curves, out_dir)
+
+
+if __name__ == "__main__":
+    run_main(main)
