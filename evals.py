@@ -45,7 +45,7 @@ from data import get_tokenizer, read_json_lines, read_text, run_windows, write_j
 from model import load_model, pick_device
 
 # settings, see configurator.py
-ckpt = "out/ckpt.pt"
+ckpt = "out/ckpt.pt"  # or a directory with a ckpt.pt
 vs = ""  # another checkpoint, compared on the same windows
 data_dir = ""  # of the val split; "": that of the run
 n_windows = 256  # of the val split
@@ -590,15 +590,14 @@ def evaluate(model, encoding, windows, tasks, other=None):
     return scores
 
 
+def shown(value):
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def format_scores(values):
-    """Numbers and texts of a dict in a line; without its lists."""
-    words = []
-    for key, value in values.items():
-        if isinstance(value, float):
-            value = f"{value:.4g}"
-        if not isinstance(value, list):
-            words.append(f"{key} {value}")
-    return ", ".join(words)
+    """The numbers and texts of a dict, without its lists, in a line."""
+    return ", ".join(f"{key} {shown(value)}" for key, value in values.items()
+                     if not isinstance(value, list))
 
 
 def report(scores, directory):
@@ -606,7 +605,12 @@ def report(scores, directory):
     for name, values in scores.items():
         print(f"{name}: {format_scores(values)}")
     for layer, values in enumerate(scores.get("codes", {"layers": []})["layers"]):
-        print(f"layer {layer}: {format_scores(values)}")
+        words = [f"explained {shown(values['explained'])}"]
+        for name in ("dense", "zero"):
+            difference = shown(values[f"{name}_minus_loss"])
+            error = shown(values[f"{name}_minus_loss_error"])
+            words.append(f"loss_{name} - loss {difference} +- {error}")
+        print(f"layer {layer}: {', '.join(words)}")
         for level, row in enumerate(values["levels"]):
             print(f"  level {level}: {format_scores(row)}")
     write_json(os.path.join(directory, "evals.json"), scores)

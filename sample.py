@@ -40,6 +40,8 @@ def check_settings():
     for key in ("temperature", "top_k", "max_new_tokens"):
         if globals()[key] < 0:
             raise ValueError(f"{key}={globals()[key]}: must not be negative")
+    if temperature and not 1e-3 <= temperature <= 1e3:  # beyond, a softmax of floats has no meaning
+        raise ValueError(f"temperature={temperature}: must be 0, or from 0.001 to 1000")
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples}: must be at least 1")
     if not 0 <= seed < 2**63:

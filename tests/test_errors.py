@@ -44,6 +44,10 @@ TRAIN = [
 ]
 SAMPLE = [
     ("--ckpt=nothing.pt", "nothing.pt: no such checkpoint"),
+    ("--ckpt=.", "./ckpt.pt: no such checkpoint"),
+    ("--temperature=1e-320", "temperature=1e-320", "0.001"),
+    ("--temperature=1e400", "temperature=inf", "1000"),
+    ("--seed=-1", "seed=-1", "from 0"),
     (f"--ckpt={ROOT}/README.md", "README.md: not a readable checkpoint"),
     ("--start=" + "x" * 40, "41 tokens", "block_size=32"),
     ("--start=FILE:nothing.txt", "nothing.txt"),
@@ -78,7 +82,10 @@ EVALS = [
     ("--n_windows=1", "n_windows=1", "at least 2"),
     ("--data_dir=nowhere", "nowhere/meta.json is missing"),
     ("--vs=nothing.pt", "nothing.pt: no such checkpoint"),
-    (f"--lambada={ROOT}/README.md", "README.md: not a .jsonl file"),
+    (f"--lambada={ROOT}/README.md", "README.md, line 1: not JSON"),
+    (f"--ppl={ROOT}/tests", "tests: no such file"),
+    ("--limit=-1", "limit=-1", "not negative"),
+    ("--ckpt=.", "./ckpt.pt: no such checkpoint"),
 ]
 FEATURES = [
     ("--tokens=0", "tokens=0", "at least 1"),

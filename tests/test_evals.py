@@ -1,6 +1,7 @@
-"""evals.py against independent computations."""
+"""evals.py against independent computations, and what sample.py reads."""
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -8,6 +9,8 @@ import torch
 from conftest import ROOT, run_script, run_training
 
 import evals
+import sample
+from cayley import Edit
 from data import get_tokenizer
 from evals import (
     code_scores,
@@ -345,6 +348,29 @@ def test_an_interruption_leaves_the_model_whole(model, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         evals.evaluate(model, ENCODING, windows, {})
     assert model.saes() == saes and all(sae.record is None for sae in saes)
+
+
+# -----------------------------------------------------------------------------
+# sample.py
+
+def test_an_edit_is_named_by_layer_level_and_feature(model):
+    saes = model.saes()
+    assert sample.parse_edit("1.0.7=+8", saes) == (1, Edit(level=0, feature=7, keep=1, add=8.0))
+    assert sample.parse_edit("0.1.255=-2.5", saes) == (0, Edit(1, 255, 1, -2.5))
+    assert sample.parse_edit("0.1.2=3", saes) == (0, Edit(1, 2, 0, 3.0))
+    layer, ablation = sample.parse_edit("0.1.2", saes)
+    assert isinstance(ablation, Edit) and ablation == (1, 2, 0, 0.0)
+
+
+def test_a_prompt_of_a_file_keeps_its_newlines(trained, tmp_path, monkeypatch, capsys):
+    (tmp_path / "prompt.txt").write_bytes(b"one\r\ntwo\r")
+    start = f"--start=FILE:{tmp_path / 'prompt.txt'}"
+    arguments = [f"--ckpt={trained}", start, "--device=cpu", "--max_new_tokens=0"]
+    monkeypatch.setattr(sys, "argv", ["sample.py", *arguments])
+    for name in ("ckpt", "start", "device", "max_new_tokens"):  # configure() sets them
+        monkeypatch.setattr(sample, name, getattr(sample, name))
+    sample.main()
+    assert capsys.readouterr().out.startswith("one\r\ntwo\r\n---")
 
 
 # -----------------------------------------------------------------------------
