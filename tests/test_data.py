@@ -1,24 +1,68 @@
-"""prepare_fineweb.py: what the bins hold, and how training reads them."""
+"""
+prepare_fineweb.py and data.py: what the bins hold, and how training reads them.
+
+    python tests/test_data.py --kills=30      # by hand: preparations of FineWeb-Edu, killed
+"""
+import http.server
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
-from conftest import ROOT
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for --kills: there is no pytest to do it
+
+from conftest import ROOT, contents
+
+import data
 import prepare_fineweb
-from data import Windows, get_tokenizer, permute, read_meta
+from data import Windows, get_tokenizer, permute, read_meta, run_windows
 
 SHARED = ROOT.parent / "shared"
-DOCUMENTS = ["Hello world. ", "a literal <|endoftext|> is text", "naïve café 日本語 🙂", "x" * 1000, "last\n"]
+DOCUMENTS = [
+    "Hello world. ",
+    "a literal <|endoftext|> is text",
+    "naïve café 日本語 🙂",
+    "x" * 1000,
+    "last\n",
+]
 
 
-def prepare(*arguments, **environment):
+def prepare_command(out_dir, **settings):
+    """prepare_fineweb.py with byte tokens unless settings say otherwise."""
+    settings = {"tokenizer": "bytes", "out_dir": out_dir, **settings}
+    command = [sys.executable, ROOT / "prepare_fineweb.py"]
+    return command + [f"--{key}={value}" for key, value in settings.items()]
+
+
+def prepare(out_dir, environment=(), **settings):
     """Run the script; its CompletedProcess."""
-    return subprocess.run([sys.executable, ROOT / "prepare_fineweb.py", *map(str, arguments)], capture_output=True,
-                          text=True, env={**os.environ, **environment})
+    environment = {**os.environ, **dict(environment)}
+    command = prepare_command(out_dir, **settings)
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def prepared_well(*args, **settings):
+    run = prepare(*args, **settings)
+    assert run.returncode == 0, run.stderr
+
+
+def check_fails(run, *words):
+    """A run ended with status 1 and one line of error, behind a progress bar, with these words."""
+    assert run.returncode == 1 and "Traceback" not in run.stderr, run.stderr
+    lines = run.stderr.splitlines()
+    assert sum(line.startswith("prepare_fineweb.py: ") for line in lines) == 1, run.stderr
+    assert all(word in lines[-1] for word in words), run.stderr
 
 
 def write_jsonl(path, texts):
@@ -26,9 +70,16 @@ def write_jsonl(path, texts):
     return path
 
 
-def read_bins(out):
+def write_parquet(path, texts, row_group_size=100):
+    table = pyarrow.table({"id": list(range(len(texts))), "text": pyarrow.array(texts, "string")})
+    pyarrow.parquet.write_table(table, path, row_group_size=row_group_size)
+    return path
+
+
+def read_bins(out_dir):
     """All tokens of a directory in order, val first."""
-    return np.concatenate([np.fromfile(out / shard["file"], np.uint16) for shard in read_meta(out)["shards"]])
+    names = [shard["file"] for shard in read_meta(out_dir)["shards"]]
+    return np.concatenate([np.fromfile(out_dir / name, np.uint16) for name in names])
 
 
 def split_documents(tokens, encoding):
@@ -36,64 +87,175 @@ def split_documents(tokens, encoding):
     return [encoding.decode(part[1:].tolist()) for part in np.split(tokens, starts[1:])]
 
 
+def read_documents(out_dir):
+    """The texts of a directory of byte tokens."""
+    return split_documents(read_bins(out_dir), get_tokenizer("bytes"))
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     """DOCUMENTS 20 times over as byte tokens, in shards that cut documents."""
     directory = tmp_path_factory.mktemp("data")
     source = write_jsonl(directory / "text.jsonl", DOCUMENTS * 20)
-    run = prepare(f"--source={source}", "--tokenizer=bytes", f"--out_dir={directory / 'bins'}", "--val_tokens=1500",
-                  "--shard_tokens=4000")
-    assert run.returncode == 0, run.stderr
+    prepared_well(directory / "bins", source=source, val_tokens=1500, shard_tokens=4000)
     return directory / "bins"
 
 
+def copied(directory, out_dir):
+    """A copy of a directory of files."""
+    out_dir.mkdir()
+    for name, content in contents(directory).items():
+        (out_dir / name).write_bytes(content)
+    return out_dir
+
+
+def change_meta(directory, **changes):
+    meta = {**json.loads((directory / "meta.json").read_text()), **changes}
+    (directory / "meta.json").write_text(json.dumps(meta))
+
+
+# -----------------------------------------------------------------------------
+# what the bins hold
+
 def test_bytes_round_trip(prepared):
-    encoding = get_tokenizer("bytes")
-    assert split_documents(read_bins(prepared), encoding) == DOCUMENTS * 20
+    assert read_documents(prepared) == DOCUMENTS * 20
     meta = read_meta(prepared)
-    assert (meta["tokenizer"], meta["vocab_size"], meta["dtype"], meta["complete"]) == ("bytes", 257, "uint16", True)
+    assert (meta["tokenizer"], meta["vocab_size"], meta["dtype"]) == ("bytes", 257, "uint16")
+    assert meta["complete"]
     assert meta["tokens"]["val"] == 1500 == len(np.fromfile(prepared / "val_000000.bin", np.uint16))
-    assert sum(meta["tokens"].values()) == len(read_bins(prepared)) and sum(meta["documents"].values()) == 100
-    assert [s["tokens"] for s in meta["shards"][1:-1]] == [4000] * (len(meta["shards"]) - 2) and len(meta["shards"]) > 3
-    assert {path.name for path in prepared.iterdir()} == {s["file"] for s in meta["shards"]} | {"meta.json"}
+    assert sum(meta["tokens"].values()) == len(read_bins(prepared))
+    assert sum(meta["documents"].values()) == 100
+    whole_shards = [shard["tokens"] for shard in meta["shards"][1:-1]]
+    assert whole_shards == [4000] * len(whole_shards) and len(whole_shards) > 1
+    names = {path.name for path in prepared.iterdir()}
+    assert names == {shard["file"] for shard in meta["shards"]} | {"meta.json"}
 
 
 def test_gpt2_round_trip_of_fineweb_edu(tmp_path):
     sample = SHARED / "data" / "fineweb_edu_sample.jsonl"
     if not sample.exists():
         pytest.skip(f"{sample} is not here")
-    run = prepare(f"--source={sample}", f"--out_dir={tmp_path / 'bins'}", "--val_tokens=10000", "--shard_tokens=30000",
-                  TIKTOKEN_CACHE_DIR=str(SHARED / "tiktoken_cache"))
-    assert run.returncode == 0, run.stderr
+    out_dir = tmp_path / "bins"
+    cache = {"TIKTOKEN_CACHE_DIR": str(SHARED / "tiktoken_cache")}
+    prepared_well(out_dir, cache, source=sample, tokenizer="gpt2", val_tokens=10000,
+                  shard_tokens=30000)
     texts = [json.loads(line)["text"] for line in sample.read_text().splitlines()]
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
     encoding = get_tokenizer("gpt2")
-    tokens = read_bins(tmp_path / "bins")
+    tokens = read_bins(out_dir)
     assert split_documents(tokens, encoding) == texts
-    assert tokens.tolist() == [token for text in texts for token in [50256] + encoding.encode_ordinary(text)]
+    expected = []
+    for text in texts:
+        expected += [50256] + encoding.encode_ordinary(text)
+    assert tokens.tolist() == expected
 
 
 def test_txt_parquet_and_globs(tmp_path):
-    import pyarrow
-    import pyarrow.parquet
     for i, text in enumerate(DOCUMENTS):
         (tmp_path / f"{i}.txt").write_text(text, encoding="utf-8")
-    pyarrow.parquet.write_table(pyarrow.table({"text": DOCUMENTS}), tmp_path / "all.parquet")
-    run = prepare(f"--source={tmp_path}/*.txt,{tmp_path}/all.parquet", "--tokenizer=bytes", f"--out_dir={tmp_path / 'bins'}",
-                  "--val_tokens=50")
-    assert run.returncode == 0, run.stderr
-    assert split_documents(read_bins(tmp_path / "bins"), get_tokenizer("bytes")) == DOCUMENTS * 2
+    write_parquet(tmp_path / "all.parquet", DOCUMENTS, row_group_size=2)
+    source = f"{tmp_path}/*.txt,{tmp_path}/all.parquet"
+    prepared_well(tmp_path / "bins", source=source, val_tokens=50)
+    assert read_documents(tmp_path / "bins") == DOCUMENTS * 2
 
 
 def test_tokens_limits_the_stream(tmp_path):
     source = write_jsonl(tmp_path / "text.jsonl", DOCUMENTS * 20)
-    run = prepare(f"--source={source}", "--tokenizer=bytes", f"--out_dir={tmp_path / 'bins'}", "--val_tokens=100", "--tokens=1000")
-    assert run.returncode == 0, run.stderr
+    prepared_well(tmp_path / "bins", source=source, val_tokens=100, tokens=1000)
     assert len(read_bins(tmp_path / "bins")) == 1000
 
 
+def test_empty_and_foreign_rows_are_counted_and_skipped(tmp_path):
+    source = tmp_path / "text.jsonl"
+    texts = ["one", "", None, 5, "lone \ud800 surrogate", "two"]
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    prepared_well(tmp_path / "bins", source=source, val_tokens=4)
+    assert read_documents(tmp_path / "bins") == ["one", "lone \ufffd surrogate", "two"]
+    assert read_meta(tmp_path / "bins")["skipped_documents"] == 3
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_parts_are_disjoint_and_in_order(tmp_path, n):
+    texts = [f"{i} {text}" for i, text in enumerate(DOCUMENTS * 3)]
+    (tmp_path / "a.txt").write_text("a text file")
+    source = f"{tmp_path / 'a.txt'},{write_jsonl(tmp_path / 'text.jsonl', texts)}"
+    outs = [tmp_path / str(i) for i in range(n)]
+    for i, out in enumerate(outs):
+        n_val = 100 if i == 0 else 0
+        prepared_well(out, source=source, shard=f"{i}/{n}", val_tokens=n_val, shard_tokens=500)
+    tokens = np.concatenate([read_bins(out) for out in outs])
+    assert split_documents(tokens, get_tokenizer("bytes")) == ["a text file"] + texts
+    together = Windows(",".join(map(str, outs)), "train", 8)
+    assert len(together) == sum(len(Windows(str(out), "train", 8)) for out in outs)
+    prepared_well(tmp_path / "skip", source=source, skip=4, val_tokens=0)
+    assert read_documents(tmp_path / "skip") == texts[3:]
+
+
+def test_invalid_utf8_is_reported_and_refused_or_replaced(tmp_path):
+    source = tmp_path / "text.txt"
+    source.write_bytes(b"good\nbad \xff here\n")
+    run = prepare(tmp_path / "bins", source=source, val_tokens=2)
+    check_fails(run, "text.txt, line 2: invalid UTF-8 (byte 4 is 0xff)")
+    run = prepare(tmp_path / "bins", source=source, val_tokens=2, on_error="replace")
+    assert run.returncode == 0 and "text.txt, line 2" in run.stderr
+    assert read_documents(tmp_path / "bins") == ["good\nbad \ufffd here\n"]
+    (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n{"text": \n')
+    run = prepare(tmp_path / "other", source=tmp_path / "bad.jsonl")
+    check_fails(run, "bad.jsonl, line 2: not JSON")
+
+
+def test_a_byte_order_mark_blank_lines_and_crlf_are_fine(tmp_path):
+    jsonl = '\ufeff{"text": "one\\r\\n"}\r\n\r\n{"text": "two"}\n\n   \n{"text": "three"}'
+    (tmp_path / "a.jsonl").write_text(jsonl, encoding="utf-8", newline="")
+    (tmp_path / "b.txt").write_text("\ufefftext\r\nof Windows\r\n", encoding="utf-8", newline="")
+    source = f"{tmp_path}/a.jsonl,{tmp_path}/b.txt"
+    texts = ["one\r\n", "two", "three", "text\r\nof Windows\r\n"]
+    for parts in (1, 2):
+        outs = [tmp_path / f"{part} of {parts}" for part in range(parts)]
+        for part, out in enumerate(outs):
+            prepared_well(out, source=source, val_tokens=0, shard=f"{part}/{parts}")
+        assert sum(map(read_documents, outs), []) == texts
+    assert read_meta(outs[0])["skipped_documents"] == 0
+    assert data.read_text(tmp_path / "b.txt") == texts[-1]  # what other scripts read is the same
+    values = list(data.read_json_lines(tmp_path / "a.jsonl"))
+    assert values == [{"text": text} for text in texts[:-1]]
+    last, = data.read_json_lines(tmp_path / "a.jsonl", start=2)
+    assert last == {"text": "three"}
+
+
+def test_latin_1_is_named(tmp_path):
+    path = tmp_path / "old.txt"
+    path.write_bytes("na\xefve".encode("latin-1"))
+    with pytest.raises(ValueError, match="old.txt, line 1: invalid UTF-8 .byte 2 is 0xef.: convert"):
+        data.read_text(path)
+
+
+def test_parquet_without_text_or_without_its_end_is_named(tmp_path):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"id": [1], "body": ["x"]}), path)
+    run = prepare(tmp_path / "bins", source=path)
+    check_fails(run, "a.parquet", "no column 'text', but id, body")
+    whole = write_parquet(path, DOCUMENTS).read_bytes()
+    path.write_bytes(whole[:-20])
+    run = prepare(tmp_path / "bins", source=path)
+    check_fails(run, "a.parquet", "not a whole .parquet file")
+    path.write_bytes(whole)
+    prepared_well(tmp_path / "bins", source=path)
+
+
+def test_missing_gpt2_files_without_a_network(tmp_path):
+    proxy = "http://127.0.0.1:9"
+    environment = {"TIKTOKEN_CACHE_DIR": str(tmp_path / "empty"), "https_proxy": proxy}
+    environment["HTTPS_PROXY"] = proxy
+    run = prepare(tmp_path / "bins", environment, source="python", tokenizer="gpt2")
+    check_fails(run, "TIKTOKEN_CACHE_DIR")
+
+
+# -----------------------------------------------------------------------------
+# stopped, started again, mended
+
 def test_a_stopped_preparation_goes_on_to_the_same_bytes(prepared, tmp_path):
-    """As after kill -9 anywhere: drop shards from the end, leave a half-written one, and run the same command."""
+    """As after kill -9 anywhere: drop shards from the end, leave a half-written one, run again."""
     meta = read_meta(prepared)
     for n_kept in range(len(meta["shards"])):
         out = tmp_path / str(n_kept)
@@ -104,99 +266,415 @@ def test_a_stopped_preparation_goes_on_to_the_same_bytes(prepared, tmp_path):
             kept, counts = meta["shards"][:n_kept], {"train": 0, "val": 0}
             for shard in kept:
                 counts[shard["split"]] += shard["tokens"]
-            (out / "meta.json").write_text(json.dumps({**meta, "shards": kept, "tokens": counts, "complete": False}))
+            stopped = {**meta, "shards": kept, "tokens": counts, "complete": False}
+            (out / "meta.json").write_text(json.dumps(stopped))
         (out / f"{meta['shards'][n_kept]['file']}.tmp").write_bytes(b"half")
-        arguments = [f"--{key}={value}" for key, value in meta["arguments"].items()]
-        run = prepare(*arguments, f"--out_dir={out}")
-        assert run.returncode == 0, run.stderr
+        prepared_well(out, **meta["arguments"])
         for shard in meta["shards"]:
             assert (out / shard["file"]).read_bytes() == (prepared / shard["file"]).read_bytes()
 
 
 def test_other_arguments_never_touch_an_existing_directory(prepared):
-    before = {path.name: path.read_bytes() for path in prepared.iterdir()}
-    arguments = {**read_meta(prepared)["arguments"], "val_tokens": 1600}
-    run = prepare(*[f"--{key}={value}" for key, value in arguments.items()], f"--out_dir={prepared}")
-    assert run.returncode == 1 and "val_tokens=1500, not 1600" in run.stderr and run.stderr.count("\n") == 1
-    assert before == {path.name: path.read_bytes() for path in prepared.iterdir()}
+    before = contents(prepared)
+    run = prepare(prepared, **{**read_meta(prepared)["arguments"], "val_tokens": 1600})
+    check_fails(run, "val_tokens=1500, not 1600")
+    assert run.stderr.count("\n") == 1
+    assert before == contents(prepared)
 
 
 def test_verify_finds_a_changed_shard(prepared, tmp_path):
-    assert prepare(f"--verify={prepared}").returncode == 0
-    out = tmp_path / "copy"
-    out.mkdir()
-    for path in prepared.iterdir():
-        (out / path.name).write_bytes(path.read_bytes())
+    command = [sys.executable, ROOT / "prepare_fineweb.py"]
+    assert subprocess.run([*command, f"--verify={prepared}"], capture_output=True).returncode == 0
+    out = copied(prepared, tmp_path / "copy")
     damaged = bytearray((out / "train_000001.bin").read_bytes())
     damaged[100] ^= 1
     (out / "train_000001.bin").write_bytes(damaged)
-    run = prepare(f"--verify={out}")
-    assert run.returncode == 1 and "train_000001.bin" in run.stdout and "train_000000.bin" not in run.stdout
-
-
-def test_empty_and_foreign_rows_are_counted_and_skipped(tmp_path):
-    source = tmp_path / "text.jsonl"
-    rows = [{"text": "one"}, {"text": ""}, {"text": None}, {"text": 5}, {"text": "lone \ud800 surrogate"}, {"text": "two"}]
-    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run = prepare(f"--source={source}", "--tokenizer=bytes", f"--out_dir={tmp_path / 'bins'}", "--val_tokens=4")
-    assert run.returncode == 0, run.stderr
-    assert split_documents(read_bins(tmp_path / "bins"), get_tokenizer("bytes")) == ["one", "lone \ufffd surrogate", "two"]
-    assert read_meta(tmp_path / "bins")["skipped_documents"] == 3
+    run = subprocess.run([*command, f"--verify={out}"], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "train_000001.bin" in run.stdout and "train_000000.bin" not in run.stdout
 
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_killed_at_any_moment_and_started_again(tmp_path, workers):
-    """kill -9 at moments spread over the run, then once more to the end: the bytes of an uninterrupted run."""
-    source = write_jsonl(tmp_path / "text.jsonl", DOCUMENTS * 4000)
-    arguments = [f"--source={source}", "--tokenizer=bytes", "--val_tokens=1e5", "--shard_tokens=5e4", f"--workers={workers}"]
+    """kill -9 at moments spread over the run, then once more to the end: the same bytes."""
+    source = write_jsonl(tmp_path / "text.jsonl", DOCUMENTS * 2500)
+    settings = dict(source=source, val_tokens=100_000, shard_tokens=50_000, workers=workers)
     out, whole = tmp_path / "killed", tmp_path / "whole"
-    assert prepare(*arguments, f"--out_dir={whole}").returncode == 0
+    prepared_well(whole, **settings)
     kills = 0
     for attempt in range(40):
-        process = subprocess.Popen([sys.executable, ROOT / "prepare_fineweb.py", *arguments, f"--out_dir={out}"],
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            process.wait(0.4 + 0.05 * attempt)
+        if run_and_kill(prepare_command(out, **settings), 0.4 + 0.1 * attempt) == 0:
             break
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            kills += 1
+        kills += 1
         if (out / "meta.json").exists():
             assert prepare_fineweb.verify_shards(out) == []  # what is there is whole
-    assert kills and process.returncode == 0
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == {path.name: path.read_bytes() for path in whole.iterdir()}
+    assert kills and contents(out) == contents(whole)
 
 
-@pytest.mark.parametrize("n", [2, 3])
-def test_parts_are_disjoint_and_in_order(tmp_path, n):
-    texts = [f"{i} {text}" for i, text in enumerate(DOCUMENTS * 3)]
-    (tmp_path / "a.txt").write_text("a text file")
-    source = f"{tmp_path / 'a.txt'},{write_jsonl(tmp_path / 'text.jsonl', texts)}"
-    outs = [tmp_path / str(i) for i in range(n)]
-    for i, out in enumerate(outs):
-        run = prepare(f"--source={source}", "--tokenizer=bytes", f"--out_dir={out}", f"--shard={i}/{n}", f"--val_tokens={100 * (i == 0)}")
-        assert run.returncode == 0, run.stderr
-    tokens = np.concatenate([read_bins(out) for out in outs])
-    assert split_documents(tokens, get_tokenizer("bytes")) == ["a text file"] + texts
-    together = Windows(",".join(map(str, outs)), "train", 8)
-    assert len(together) == sum(len(Windows(str(out), "train", 8)) for out in outs)
-    run = prepare(f"--source={source}", "--tokenizer=bytes", f"--out_dir={tmp_path / 'skip'}", "--skip=4", "--val_tokens=0")
-    assert run.returncode == 0 and split_documents(read_bins(tmp_path / "skip"), get_tokenizer("bytes")) == texts[3:]
+def run_and_kill(command, seconds, **options):
+    """Kill a command after a while -> its status, None if it was killed."""
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, **quiet, **options)
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return None
 
 
-def test_invalid_utf8_is_reported_and_refused_or_replaced(tmp_path):
-    source = tmp_path / "text.txt"
-    source.write_bytes(b"good\nbad \xff here\n")
-    arguments = [f"--source={source}", "--tokenizer=bytes", f"--out_dir={tmp_path / 'bins'}", "--val_tokens=2"]
-    run = prepare(*arguments)
-    assert run.returncode == 1 and "text.txt, line 2: invalid UTF-8 (byte 4 is 0xff)" in run.stderr
-    run = prepare(*arguments, "--on-error=replace")
-    assert run.returncode == 0 and "text.txt, line 2" in run.stderr
-    assert split_documents(read_bins(tmp_path / "bins"), get_tokenizer("bytes")) == ["good\nbad \ufffd here\n"]
-    (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n{"text": \n')
-    run = prepare(f"--source={tmp_path / 'bad.jsonl'}", "--tokenizer=bytes", f"--out_dir={tmp_path / 'other'}")
-    assert run.returncode == 1 and "bad.jsonl, line 2: not JSON" in run.stderr.splitlines()[-1]
+def test_a_killed_part_ends_where_it_would_have_ended(tmp_path):
+    """The end of a part of local files is a number of documents, counted anew after a restart."""
+    texts = [f"{i} {text}" for i, text in enumerate(DOCUMENTS * 30)]
+    write_parquet(tmp_path / "a.parquet", [*texts[:70], "", None, *texts[70:]], row_group_size=16)
+    settings = dict(source=tmp_path / "a.parquet", shard="1/2", skip=3, val_tokens=0,
+                    shard_tokens=5000)
+    prepared_well(tmp_path / "whole", **settings)
+    whole = contents(tmp_path / "whole")
+    shards = read_meta(tmp_path / "whole")["shards"]
+    for n_kept in range(1, len(shards)):
+        out = copied(tmp_path / "whole", tmp_path / str(n_kept))
+        meta = read_meta(out)
+        for shard in shards[n_kept:]:
+            (out / shard["file"]).unlink()
+        counts = rows_of(shards[n_kept - 1], texts)
+        change_meta(out, complete=False, shards=shards[:n_kept],
+                    tokens={"train": 5000 * n_kept, "val": 0}, **counts)
+        prepared_well(out, **settings)
+        assert {**contents(out), "meta.json": b""} == {**whole, "meta.json": b""}
+        assert read_meta(out)["documents"] == meta["documents"]
+
+
+def rows_of(shard, texts):
+    """What meta.json counts up to a shard of the part of the test above."""
+    row = 16 * shard["cursor"]["row_group"] + shard["cursor"]["row"]
+    begun = row + 1 - ((len(texts) + 2) // 2 + 3)
+    return {"documents": {"train": begun, "val": 0}, "skipped_documents": 0}
+
+
+def test_two_preparations_of_one_directory(tmp_path):
+    source = write_jsonl(tmp_path / "text.jsonl", DOCUMENTS * 20)
+    out = tmp_path / "bins"
+    holder = "import sys, data\nwith data.lock(sys.argv[1]): print(flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", holder, out]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
+        process.stdout.readline()
+        check_fails(prepare(out, source=source), str(out), "another process works in it")
+        assert list(out.iterdir()) == []
+        process.send_signal(signal.SIGKILL)
+    prepared_well(out, source=source)  # death gave it free
+    with data.lock(out), pytest.raises(ValueError, match="bins: another process works in it"):
+        with data.lock(out):
+            pass
+    with data.lock(out):
+        pass
+
+
+def test_a_small_source_gets_a_small_val_split(tmp_path):
+    (tmp_path / "book.txt").write_text("All work and no play. " * 4000)
+    run = prepare(tmp_path / "bins", source=tmp_path / "book.txt")
+    assert run.returncode == 0, run.stderr
+    assert read_meta(tmp_path / "bins")["tokens"] == {"train": 88_001 - 880, "val": 880}
+    assert "25.0G" not in run.stderr  # the progress bar's end is the book's
+    prepared_well(tmp_path / "bins", source=tmp_path / "book.txt")  # -1 again: what it was
+    write_parquet(tmp_path / "book.parquet", [f"{i} word " * 300 for i in range(50)])
+    prepared_well(tmp_path / "parquet", source=tmp_path / "book.parquet")
+    counts = read_meta(tmp_path / "parquet")["tokens"]
+    assert 0.008 < counts["val"] / sum(counts.values()) < 0.012
+
+
+def test_the_mended_command_works_in_the_same_directory(tmp_path):
+    out = tmp_path / "bins"
+    text = tmp_path / "text.jsonl"
+    write_jsonl(text, DOCUMENTS * 100)
+    run = prepare(out, source=text, val_tokens=1_000_000)
+    check_fails(run, "val_tokens=1000000 takes them all: lower --val_tokens")
+    with text.open("ab") as file:
+        file.write(b'{"text": "caf\xe9"}\n')
+    settings = dict(source=text, val_tokens=1000, shard_tokens=20_000, workers=1)
+    check_fails(prepare(out, **settings), "text.jsonl, line 501: invalid UTF-8")
+    assert len(read_meta(out)["shards"]) > 2  # those before the bad line are kept
+    with pytest.raises(ValueError, match="bins is not whole: run its prepare_fineweb.py command"):
+        Windows(str(out), "train", 16)
+    prepared_well(out, on_error="replace", **settings)
+    assert read_documents(out) == DOCUMENTS * 100 + ["caf\ufffd"]
+
+
+def test_bins_of_a_preparation_without_a_whole_shard_are_replaced(prepared, tmp_path):
+    out = copied(prepared, tmp_path / "bins")
+    change_meta(out, complete=False, shards=[])  # as killed after the first .bin, before meta.json
+    settings = {**read_meta(prepared)["arguments"], "val_tokens": 0, "shard_tokens": 10_000}
+    prepared_well(out, **settings)
+    assert read_documents(out) == DOCUMENTS * 20
+    names = {path.name for path in out.iterdir()}
+    assert names == {"meta.json", "train_000000.bin", "train_000001.bin", "train_000002.bin"}
+
+
+def test_a_stopped_preparation_may_end_earlier(prepared, tmp_path):
+    """A lower --tokens, so that what is there can be used; not one below that."""
+    out = copied(prepared, tmp_path / "bins")
+    meta = read_meta(out)
+    last = meta["shards"].pop()
+    (out / last["file"]).unlink()
+    meta["tokens"]["train"] -= last["tokens"]
+    change_meta(out, **{**meta, "complete": False})
+    n_tokens = sum(meta["tokens"].values())
+    run = prepare(out, **{**meta["arguments"], "tokens": n_tokens - 1})
+    check_fails(run, "tokens=25000000000, not")
+    prepared_well(out, **{**meta["arguments"], "tokens": n_tokens})
+    assert (read_bins(out) == read_bins(prepared)[:n_tokens]).all()
+    assert len(Windows(str(out), "train", 16)) > 0
+
+
+def test_a_source_that_changed_is_named(prepared, tmp_path):
+    out = copied(prepared, tmp_path / "bins")
+    meta = read_meta(prepared)
+    name, = meta["files"]
+    change_meta(out, complete=False, files={name: 5})
+    run = prepare(out, **meta["arguments"])
+    check_fails(run, name, "5 bytes when", f"{meta['files'][name]} now")
+
+
+def test_directories_of_older_versions(prepared, tmp_path):
+    """A finished one is read as ever; one that was not finished has no place to go on from."""
+    out = copied(prepared, tmp_path / "bins")
+    meta = read_meta(out)
+    for key in ("commit", "files"):
+        del meta[key]
+    for number, shard in enumerate(meta["shards"]):
+        del shard["cursor"]
+        shard["next"] = [number, 7]
+    (out / "meta.json").write_text(json.dumps(meta))
+    before = contents(out)
+    assert len(Windows(str(out), "train", 16)) == len(Windows(str(prepared), "train", 16))
+    prepared_well(out, **meta["arguments"])
+    assert before == contents(out)
+    change_meta(out, complete=False)
+    check_fails(prepare(out, **meta["arguments"]), str(out), "an older prepare_fineweb.py")
+
+
+# -----------------------------------------------------------------------------
+# FineWeb-Edu, from a hub on this machine
+
+class Hub(http.server.ThreadingHTTPServer):
+    """The hub's answers about FineWeb-Edu, the parquet files of a folder, and nothing else."""
+
+    def __init__(self, folder):
+        super().__init__(("127.0.0.1", 0), HubHandler)
+        self.folder = folder
+        self.fetched = []
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def environment(self, home):
+        """For a process that is to use it."""
+        endpoint = f"http://127.0.0.1:{self.server_port}"
+        return {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+    def handle_error(self, request, client_address):
+        pass  # a client that was killed
+
+
+class HubHandler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        name = "HuggingFaceFW/fineweb-edu"
+        path = self.path.partition("?")[0].replace("%2F", "/")
+        file = self.server.folder / os.path.basename(path)
+        if path == f"/api/datasets/{name}":
+            body = json.dumps({"id": name, "sha": "c" * 40}).encode()
+        elif path == f"/api/datasets/{name}/tree/{'c' * 40}/sample/100BT":
+            body = json.dumps([tree_entry(file) for file in self.server.folder.iterdir()]).encode()
+        elif path.startswith(f"/datasets/{name}/resolve/{'c' * 40}/sample/100BT/"):
+            body = file.read_bytes()
+        else:
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("X-Repo-Commit", "c" * 40)
+        self.send_header("ETag", f'"{hash(body):x}"')
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args):
+        pass
+
+
+def tree_entry(file):
+    path = f"sample/100BT/{file.name}"
+    return {"type": "file", "path": path, "size": file.stat().st_size, "oid": "0" * 40}
+
+
+def write_sample(folder, n_files, n_rows, row_group_size):
+    """Parquet files of random words, some rows empty -> their documents, a list a file."""
+    folder.mkdir()
+    rng = random.Random(0)
+    files = []
+    for number in range(n_files):
+        texts = []
+        for row in range(n_rows):
+            words = " word" * rng.randrange(60)
+            texts.append(f"{number} {row}{words}")
+            if row % 37 == 5:
+                texts[row] = ""
+            elif row % 41 == 7:
+                texts[row] = None
+        write_parquet(folder / f"00{number}_00000.parquet", texts, row_group_size)
+        files.append([text for text in texts if text])
+    return files
+
+
+def test_fineweb_edu_from_the_hub(tmp_path):
+    """huggingface_hub itself lists and fetches; parts are whole files, all of them."""
+    files = write_sample(tmp_path / "hub", 5, 300, 100)
+    hub = Hub(tmp_path / "hub")
+    environment = hub.environment(tmp_path / "home")
+    settings = dict(source="fineweb-edu", tokens=10_000_000, shard_tokens=20_000)
+    prepared_well(tmp_path / "whole", environment, val_tokens=1000, **settings)
+    assert read_documents(tmp_path / "whole") == sum(files, [])
+    meta = read_meta(tmp_path / "whole")
+    assert meta["commit"] == "c" * 40 and list(meta["files"]) == sorted(meta["files"])
+    assert {path.suffix for path in (tmp_path / "whole").iterdir()} == {".bin", ".json"}
+    for part, its_files in ((0, files[:2]), (1, files[2:])):
+        out = tmp_path / str(part)
+        prepared_well(out, environment, shard=f"{part}/2", val_tokens=0, **settings)
+        assert read_documents(out) == sum(its_files, [])
+    run = prepare(tmp_path / "no", environment, shard="0/6", **settings)
+    check_fails(run, "shard=0/6: FineWeb-Edu has 5 files")
+    hub.shutdown()
+    hub.server_close()
+    check_fails(prepare(tmp_path / "no", environment, **settings), "can't be listed on the hub")
+
+
+def killed_preparations(directory, kills, seconds, n_rows, seed=0):
+    """
+    Preparations of FineWeb-Edu over 5 files, killed until there were so many kills.
+
+    seconds: least and most from start to kill. Every one that comes to its end must have the bytes
+    of an uninterrupted one. -> kills by the number of shards that were there.
+    """
+    write_sample(directory / "hub", 5, n_rows, n_rows // 20)
+    hub = Hub(directory / "hub")
+    options = {"env": {**os.environ, **hub.environment(directory / "home")}}
+    settings = dict(source="fineweb-edu", val_tokens=10_000, shard_tokens=30 * n_rows)
+    assert subprocess.run(prepare_command(directory / "whole", **settings), **options,
+                          capture_output=True).returncode == 0
+    whole = contents(directory / "whole")
+    rng = random.Random(seed)
+    shards_at_kill = []
+    finished = 0
+    while len(shards_at_kill) < kills or finished == 0:
+        out = directory / f"killed{finished}"
+        command = prepare_command(out, **settings)
+        seconds_now = rng.uniform(*seconds) if len(shards_at_kill) < kills else 600
+        status = run_and_kill(command, seconds_now, **options)
+        if status is None:
+            has_meta = (out / "meta.json").exists()
+            shards_at_kill.append(len(read_meta(out)["shards"]) if has_meta else 0)
+            continue
+        assert status == 0 and contents(out) == whole
+        finished += 1
+    hub.shutdown()
+    hub.server_close()
+    return shards_at_kill, len(read_meta(directory / "whole")["shards"]), finished
+
+
+def test_fineweb_edu_killed_and_started_again(tmp_path):
+    shards_at_kill, n_shards, finished = killed_preparations(tmp_path, 4, (0.6, 1.2), 6000)
+    assert len(shards_at_kill) == 4 and finished
+
+
+@pytest.fixture
+def folder_as_hub(tmp_path, monkeypatch):
+    """prepare_fineweb's two calls of the hub, of a folder; .fetches are what was asked for."""
+    files = write_sample(tmp_path / "hub", 3, 300, 100)
+    folder = tmp_path / "hub"
+    sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+    fetches = []
+
+    def fetch(file, commit, directory):
+        fetches.append(file)
+        Path(directory).mkdir(exist_ok=True)
+        (Path(directory) / file).write_bytes((folder / file).read_bytes())
+
+    monkeypatch.setattr(prepare_fineweb, "hub_fetch", fetch)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    downloads = prepare_fineweb.Downloads(sizes, "commit", tmp_path / "downloads")
+    return files, folder, downloads, fetches
+
+
+def rows(downloads, place=None):
+    """Texts of the documents from a place on."""
+    pairs = prepare_fineweb.documents(downloads.files, downloads.retried_rows, place)
+    return [text for _, text in pairs if text]
+
+
+def test_the_next_file_is_fetched_meanwhile_and_each_removed_when_done(folder_as_hub):
+    files, _, downloads, _ = folder_as_hub
+    here = []
+    stream = prepare_fineweb.documents(downloads.files, downloads.retried_rows)
+    for place, _ in stream:
+        if place[1:] == (1, 50):  # in the middle of each file
+            downloads.prefetch.join()
+            here.append(sorted(os.listdir(downloads.directory)))
+    names = list(downloads.files)
+    assert here == [names[:2], names[1:], names[2:]]
+    assert os.listdir(downloads.directory) == []
+
+
+def test_a_restart_reads_one_row_group(folder_as_hub):
+    """Those before it may be of any bytes."""
+    files, folder, downloads, fetches = folder_as_hub
+    place = prepare_fineweb.Place("001_00000.parquet", 2, 17)
+    path = folder / place.file
+    metadata = pyarrow.parquet.ParquetFile(path).metadata
+    start = metadata.row_group(2).column(0).dictionary_page_offset
+    path.write_bytes(b"PAR1" + bytes(start - 4) + path.read_bytes()[start:])
+    expected = [text for text in files[1] if int(text.split()[1]) >= 217] + files[2]
+    assert rows(downloads, place) == expected
+    assert fetches == ["001_00000.parquet", "002_00000.parquet"]
+    message = "001_00000.parquet, from row group 1 broke at document 99"
+    with pytest.raises(ValueError, match=message):
+        rows(downloads, prepare_fineweb.Place("001_00000.parquet", 1, 99))
+
+
+@pytest.mark.parametrize("fault", ["missing", "truncated", "no parquet", "damaged"])
+def test_a_file_of_the_hub_that_is_not_whole_is_fetched_again_then_named(folder_as_hub, fault):
+    files, folder, downloads, fetches = folder_as_hub
+    path = folder / "001_00000.parquet"
+    whole = path.read_bytes()
+    fetch = prepare_fineweb.hub_fetch
+
+    def damage():
+        if fault == "missing":
+            path.unlink()
+        elif fault == "truncated":
+            path.write_bytes(whole[:-1])
+        elif fault == "no parquet":
+            path.write_bytes(bytes(len(whole)))
+        else:  # from the second row group on
+            start = pyarrow.parquet.ParquetFile(path).metadata.row_group(1).column(0)
+            start = start.dictionary_page_offset
+            path.write_bytes(whole[:start] + bytes(2000) + whole[start + 2000:])
+
+    def fetch_mended(file, commit, directory):
+        """Whole again at the third attempt."""
+        if fetches.count(path.name) == 2:
+            path.write_bytes(whole)
+        fetch(file, commit, directory)
+
+    damage()
+    prepare_fineweb.hub_fetch = fetch_mended  # the fixture's monkeypatch puts the real one back
+    assert rows(downloads) == sum(files, [])
+    assert fetches.count(path.name) == 3
+    damage()
+    prepare_fineweb.hub_fetch = fetch
+    message = "001_00000.parquet, .* and 4 times again .*: run the same command"
+    with pytest.raises(ValueError, match=message):
+        rows(downloads)
 
 
 def test_a_broken_stream_goes_on_where_it_broke():
@@ -212,8 +690,21 @@ def test_a_broken_stream_goes_on_where_it_broke():
 
     def dead(start):
         raise ConnectionError("reset")
-    with pytest.raises(ValueError, match="broke at document 5 and 2 times again .ConnectionError: reset.: run the same"):
+    message = "broke at document 5 and 2 times again .ConnectionError: reset.: run the same"
+    with pytest.raises(ValueError, match=message):
         list(prepare_fineweb.retrying(dead, 5, waits=(0, 0)))
+
+
+@pytest.mark.parametrize("mistake", [TypeError, AttributeError, KeyError, NameError, ValueError])
+def test_a_mistake_is_not_tried_again(mistake):
+    opened = []
+
+    def wrong(start):
+        opened.append(start)
+        raise mistake("a mistake")
+    with pytest.raises(mistake, match="a mistake"):
+        list(prepare_fineweb.retrying(wrong, 0, waits=(0, 0)))
+    assert opened == [0]
 
 
 # -----------------------------------------------------------------------------
@@ -224,14 +715,15 @@ def test_permute_is_a_bijection_that_depends_on_its_key(n):
     orders = [permute(np.arange(n), n, key) for key in ((1, 0), (1, 1), (2, 0))]
     assert all(sorted(order) == list(range(n)) for order in orders)
     if n >= 64:
-        assert all((a != b).mean() > 0.9 for a, b in ((orders[0], orders[1]), (orders[0], orders[2])))
+        for other in orders[1:]:
+            assert (orders[0] != other).mean() > 0.9
         assert np.abs(np.corrcoef(np.arange(n), orders[0])[0, 1]) < 0.4
 
 
 def test_every_window_once_an_epoch(prepared):
     windows = Windows(str(prepared), "train", 16)
     meta = read_meta(prepared)
-    expected = []  # by the definition: shard by shard, each window starts block_size after the one before
+    expected = []  # by the definition: each window of a shard starts block_size after another
     for shard in meta["shards"]:
         if shard["split"] == "train":
             tokens = np.fromfile(prepared / shard["file"], np.uint16)
@@ -240,27 +732,112 @@ def test_every_window_once_an_epoch(prepared):
     n = len(windows)
     order = windows.shuffled(0, 2 * n, seed=3).tolist()
     assert sorted(order[:n]) == sorted(order[n:]) == sorted(expected) and order[:n] != order[n:]
-    pieces = [windows.shuffled(first, 10, seed=3).tolist() for first in range(0, 2 * n - 10, 10)]
-    assert [row for piece in pieces for row in piece] == order[:10 * len(pieces)]
+    pieces = []
+    for first in range(0, 2 * n - 10, 10):
+        pieces += windows.shuffled(first, 10, seed=3).tolist()
+    assert pieces == order[:len(pieces)]
 
 
 def test_reading_reports_missing_and_short_shards(prepared, tmp_path):
     with pytest.raises(ValueError, match="meta.json is missing: prepare the data"):
         Windows(str(tmp_path), "train", 16)
-    for path in prepared.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    with pytest.raises(ValueError, match="no train shard has a window of block_size . 1 = 5001 tokens"):
-        Windows(str(tmp_path), "train", 5000)
-    shard = tmp_path / "train_000001.bin"
-    shard.write_bytes(shard.read_bytes()[:-2])
+    out = copied(prepared, tmp_path / "bins")
+    message = "no train shard has a window of block_size . 1 = 5001 tokens"
+    with pytest.raises(ValueError, match=message):
+        Windows(str(out), "train", 5000)
+    windows = Windows(str(out), "train", 16)
+    shard = out / "train_000001.bin"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:4000])
+    with pytest.raises(ValueError, match="train_000001.bin is damaged: window 124 is short"):
+        windows.read(range(len(windows)))
+    shard.write_bytes(whole[:-2])
     with pytest.raises(ValueError, match="train_000001.bin has 7998 bytes, meta.json says 8000"):
-        Windows(str(tmp_path), "train", 16)
+        Windows(str(out), "train", 16)
     shard.unlink()
     with pytest.raises(ValueError, match="train_000001.bin is missing"):
-        Windows(str(tmp_path), "train", 16)
+        Windows(str(out), "train", 16)
 
 
-def test_missing_gpt2_files_without_a_network(tmp_path):
-    run = prepare("--source=python", f"--out_dir={tmp_path / 'bins'}", TIKTOKEN_CACHE_DIR=str(tmp_path / "empty"),
-                  https_proxy="http://127.0.0.1:9", HTTPS_PROXY="http://127.0.0.1:9")
-    assert run.returncode == 1 and "TIKTOKEN_CACHE_DIR" in run.stderr and "Traceback" not in run.stderr
+@pytest.mark.parametrize("text, words", [
+    ("{}", "tokenizer is missing, it must be str"),
+    ("[]", ".. is not what prepare_fineweb.py writes"),
+    ("null", "None is not what prepare_fineweb.py writes"),
+    ('{"tokenizer": "gpt2"', "can't be read"),
+    ('{"complete": false}', "is not whole: run its prepare_fineweb.py command again"),
+    ('{"complete": "yes"}', "complete is 'yes', it must be bool"),
+    ('{"dtype": "uint32"}', "dtype is 'uint32', only 'uint16' bins can be read"),
+    ('{"vocab_size": null}', "vocab_size is None, it must be int"),
+    ('{"shards": [{"file": "a.bin"}]}', "shard 0: split is missing"),
+    ('{"shards": [5]}', "shard 0: 5 is not what"),
+])
+def test_a_wrong_meta_json_is_refused_in_one_line(prepared, tmp_path, text, words):
+    """What is not a JSON object with keys replaces meta.json, what is replaces those keys."""
+    out = copied(prepared, tmp_path / "bins")
+    try:
+        changes = json.loads(text)
+    except ValueError:
+        changes = None
+    if isinstance(changes, dict) and changes:
+        change_meta(out, **changes)
+    else:
+        (out / "meta.json").write_text(text)
+    with pytest.raises(ValueError, match=words) as raised:
+        Windows(str(out), "train", 16)
+    assert "bins" in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_ids_beyond_the_vocabulary_are_refused(prepared, tmp_path):
+    out = copied(prepared, tmp_path / "bins")
+    tokens = np.fromfile(out / "train_000001.bin", np.uint16)
+    tokens[100] = 257
+    tokens.tofile(out / "train_000001.bin")
+    windows = Windows(str(out), "train", 16)
+    with pytest.raises(ValueError, match="train_000001.bin is damaged: window 6 .* vocab_size=257"):
+        windows.read(range(len(windows)))
+
+
+@pytest.mark.parametrize("names", ["{0},", ",{0}", "{0},,{0}", ""])
+def test_an_empty_name_among_directories_is_refused(prepared, names):
+    with pytest.raises(ValueError, match="data_dir=.*: there must be a directory on each side"):
+        Windows(names.format(prepared), "train", 16)
+
+
+def test_a_fingerprint_is_of_the_windows_and_their_order(prepared, tmp_path):
+    other = tmp_path / "other"
+    source = write_jsonl(tmp_path / "text.jsonl", ["another", *DOCUMENTS * 20])
+    prepared_well(other, source=source, val_tokens=1500, shard_tokens=4000)
+    copy = copied(prepared, tmp_path / "copy")
+    known = set()
+    for name in (f"{prepared}", f"{other}", f"{prepared},{other}", f"{other},{prepared}"):
+        for split in ("train", "val"):
+            for block_size in (16, 17):
+                known.add(Windows(name, split, block_size).fingerprint)
+    assert len(known) == 16
+    same = Windows(str(copy), "train", 16).fingerprint
+    assert same == Windows(str(prepared), "train", 16).fingerprint
+
+
+def test_a_runs_relative_data_dir_from_another_directory(prepared, tmp_path, monkeypatch):
+    config = {"data_dir": prepared.name, "block_size": 16, "tokenizer": "bytes"}
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="bins/meta.json is missing"):
+        run_windows(config, "train")
+    config["working_directory"] = str(prepared.parent)
+    n_windows = len(Windows(str(prepared), "train", 16))
+    assert len(run_windows(config, "train")) == n_windows
+    config["data_dir"] = f"{prepared.name},{prepared.name}"
+    assert len(run_windows(config, "train")) == 2 * n_windows
+    copied(prepared, tmp_path / "moved")  # what is not there any more may be here
+    assert len(run_windows({**config, "data_dir": "moved"}, "train")) == n_windows
+
+
+# -----------------------------------------------------------------------------
+
+if __name__ == "__main__":
+    n_kills = int(sys.argv[1].removeprefix("--kills="))
+    with tempfile.TemporaryDirectory() as temporary:
+        campaign = killed_preparations(Path(temporary), n_kills, (0.5, 4), n_rows=40_000)
+    at_kill, n_shards, n_finished = campaign
+    print(f"{len(at_kill)} kills, {n_finished} preparations came to their end, each with the bytes "
+          f"of an uninterrupted one; shards of {n_shards} that were there at a kill: {at_kill}")
