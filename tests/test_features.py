@@ -1,24 +1,30 @@
 """features.py: what it counts is what the model does, and the site works in a real browser."""
 import json
 import shutil
-import subprocess
 import tempfile
-import time
-import urllib.request
 
 import numpy as np
 import pytest
 import torch
+from browser import Browser
+from conftest import ROOT, arguments, run_script
 
 import features
-from conftest import ROOT, run_script
 from model import GPT, GPTConfig
 
 
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    return GPT(GPTConfig(block_size=16, vocab_size=320, n_layer=2, n_head=2, n_embd=32, cayley_levels="5,4,0;8,6,16")).eval()
+    config = GPTConfig(
+        block_size=16,
+        vocab_size=320,
+        n_layer=2,
+        n_head=2,
+        n_embd=32,
+        cayley_levels="5,4,0;8,6,16",
+    )
+    return GPT(config).eval()
 
 
 def test_best_contexts_are_the_largest_one_a_window():
@@ -26,7 +32,8 @@ def test_best_contexts_are_the_largest_one_a_window():
     lists, offered = features.BestContexts(7, 3), []
     for batch in range(5):
         n = 40
-        row = rng.integers(0, 7, n), rng.random(n, dtype=np.float32), batch * 40 + rng.permutation(40)
+        keys = rng.random(n, dtype=np.float32)
+        row = rng.integers(0, 7, n), keys, batch * 40 + rng.permutation(40)
         lists.add(*row, row[2] // 4)
         offered += zip(*(part.tolist() for part in row))
     for feature in range(7):
@@ -43,9 +50,12 @@ def test_best_contexts_are_the_largest_one_a_window():
 def test_counts_contexts_and_neighbours_are_those_of_the_codes(model):
     windows = np.random.default_rng(0).integers(0, 257, (20, 16))
     readers, _ = features.read(model, windows)
-    dense = [[torch.zeros(*windows.shape, 2**level.n).scatter(-1, c.ids, c.values).numpy()
-              for c, level in zip(codes, model.saes()[0].levels)] for codes in model.run_with_codes(torch.from_numpy(windows))[1]]
-    for layer, (row, per_level) in enumerate(zip(readers, dense)):
+    levels = model.saes()[0].levels
+    dense = []  # per layer and level (windows, T, features)
+    for codes in model.run_with_codes(torch.from_numpy(windows))[1]:
+        zeros = [torch.zeros(*windows.shape, 2**level.n) for level in levels]
+        dense.append([z.scatter(-1, c.ids, c.values).numpy() for z, c in zip(zeros, codes)])
+    for row, per_level in zip(readers, dense):
         for reader, codes in zip(row, per_level):
             np.testing.assert_array_equal(reader.counts, (codes != 0).sum((0, 1)))
             np.testing.assert_allclose(reader.sums, codes.sum((0, 1)), rtol=1e-4)
@@ -54,7 +64,8 @@ def test_counts_contexts_and_neighbours_are_those_of_the_codes(model):
             np.testing.assert_allclose(reader.top.keys[:, 0].clip(0), per_window.max(0), rtol=1e-5)
             for feature in np.flatnonzero(reader.counts)[::7]:
                 window, position = divmod(reader.refs[feature, 0], 16)
-                assert codes[window, position, feature] == pytest.approx(per_window[:, feature].max())
+                largest = per_window[:, feature].max()
+                assert codes[window, position, feature] == pytest.approx(largest)
                 around = range(position - features.BEFORE, position + features.AFTER + 1)
                 near = [codes[window, p, feature] if 0 <= p < 16 else 0 for p in around]
                 np.testing.assert_allclose(reader.shades[feature, 0].astype(float), near, atol=5e-3)
@@ -63,16 +74,17 @@ def test_counts_contexts_and_neighbours_are_those_of_the_codes(model):
                 assert set(reader.beside[feature, 0]) == set(np.flatnonzero(other))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own use of it in jvp
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own use in jvp
 def test_logit_effects_are_the_derivative_where_gelu_is_at_its_slopes(model):
-    """On a single token the mean slopes are that token's, so the effect is the derivative through the block's MLP."""
+    """
+    On a single token the mean slopes are that token's: the effect is the derivative through the
+    block's MLP.
+    """
     _, slopes = features.read(model, np.array([[65]]))
-    inputs = []
-    hook = model.blocks[1].mlp.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    model(torch.tensor([[65]]))
-    hook.remove()
+    _, codes = model.run_with_codes(torch.tensor([[65]]))
+    mlp_input = model.blocks[1].sae.decode(codes[1])[0]
     atom = model.blocks[1].sae.atoms(1, [77])
-    written = torch.func.jvp(model.blocks[1].mlp, (inputs[0][0],), (atom,))[1]
+    written = torch.func.jvp(model.blocks[1].mlp, (mlp_input,), (atom,))[1]
     logits = ((written * model.ln_f.weight) @ model.wte.weight[:257].T)[0]
     ids, values = features.logit_effects(model, 1, 1, [77], slopes[1], 257)
     np.testing.assert_allclose(values[0], logits[ids[0]].detach(), rtol=1e-3, atol=1e-6)
@@ -86,49 +98,17 @@ def test_logit_effects_are_the_derivative_where_gelu_is_at_its_slopes(model):
 def site(trained, data_dir, tmp_path_factory):
     directory = tmp_path_factory.mktemp("site")
     (directory / "text.txt").write_text("def main(): <b>\n    return 1")
-    result = run_script(ROOT / "features.py", f"--ckpt={trained / 'ckpt.pt'}", f"--out={directory / 'site'}", "--tokens=20000",
-                        f"--text={directory / 'text.txt'}", "--device=cpu")
+    settings = {
+        "ckpt": trained / "ckpt.pt",
+        "out_dir": directory / "site",
+        "tokens": 20000,
+        "text": directory / "text.txt",
+        "device": "cpu",
+    }
+    result = run_script(ROOT / "features.py", *arguments(settings))
     assert result.returncode == 0, result.stderr
     assert "counting: 100%" in result.stderr and not (directory / "site.partial").exists()
     return directory / "site"
-
-
-class Browser:
-    """Headless Chromium behind chromedriver."""
-
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-             "--disable-component-update", "--disable-sync", "--window-size=400,800"]
-
-    def __init__(self, profile):
-        self.driver = subprocess.Popen([shutil.which("chromedriver"), "--port=0"], stdout=subprocess.PIPE, text=True)
-        port = next(line for line in self.driver.stdout if "successfully" in line).rstrip(". \n").split()[-1]
-        self.base = f"http://127.0.0.1:{port}/session"
-        options = {"args": [*self.flags, f"--user-data-dir={profile}"]}
-        session = self.call("", {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}}})
-        self.base += "/" + session["sessionId"]
-
-    def call(self, path, body, method="POST"):
-        request = urllib.request.Request(self.base + path, json.dumps(body).encode(), {"Content-Type": "application/json"}, method=method)
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as reply:
-            return json.load(reply)["value"]
-
-    def run(self, script):
-        return self.call("/execute/sync", {"script": "return " + script, "args": []})
-
-    def wait(self, script):
-        """The script's value, once it is true."""
-        deadline = time.monotonic() + 20
-        while not (value := self.run(script)):
-            assert time.monotonic() < deadline, (script, self.run("document.body.innerText"))
-            time.sleep(0.05)
-        return value
-
-    def press(self, key):
-        action = [{"type": kind, "value": key} for kind in ("keyDown", "keyUp")]
-        self.call("/actions", {"actions": [{"type": "key", "id": "keys", "actions": action}]})
-
-    def errors(self):
-        return [entry for entry in self.call("/se/log", {"type": "browser"}) if entry["level"] == "SEVERE"]
 
 
 @pytest.fixture(scope="module")
@@ -138,15 +118,14 @@ def browser():
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         browser = Browser(profile)
         yield browser
-        browser.call("", {}, "DELETE")
-        browser.driver.terminate()
-        browser.driver.wait()
+        browser.close()
 
 
 def test_the_site_in_a_browser(browser, site):
-    table = json.loads((site / "data/1/1/table.js").read_text().removeprefix('loaded("1/1/table",').removesuffix(")"))
+    table = (site / "data/1/1/table.js").read_text()
+    table = json.loads(table.removeprefix('loaded("1/1/table",').removesuffix(")"))
     most = int(np.argmax(table["count"]))
-    browser.call("/url", {"url": f"file://{site}/index.html#/1/1"})
+    browser.go(f"file://{site}/index.html#/1/1")
     rows = "[...document.querySelectorAll('tbody tr')].map(row => +row.dataset.id)"
     assert browser.wait(rows)[0] == most, "sorted by frequency at first"
     browser.run("[...document.querySelectorAll('th button')][0].click()")
@@ -156,33 +135,45 @@ def test_the_site_in_a_browser(browser, site):
     browser.press("/")  # the search has the focus
     for key in str(most):
         browser.press(key)
-    assert most in browser.wait(f"document.activeElement.id == 'search' && {rows}.length < 50 && {rows}")
+    found = f"document.activeElement.id == 'search' && {rows}.length < 50 && {rows}"
+    assert most in browser.wait(found)
     browser.run(f"document.querySelector('tr[data-id=\"{most}\"] a').focus()")
     browser.press("\ue007")  # Enter
     assert browser.wait(f"document.querySelector('h1').innerText == 'Feature 1.1.{most}'")
-    assert browser.run("document.querySelectorAll('.context').length") == features.n_top + features.SHOWN_RANDOM
-    assert browser.run("document.querySelectorAll('.context u').length") == features.n_top + features.SHOWN_RANDOM
-    assert browser.run("document.querySelectorAll('.context [style]').length") >= features.n_top, "tokens are shaded"
+    n_contexts = features.n_top + features.SHOWN_RANDOM
+    assert browser.run("document.querySelectorAll('.context').length") == n_contexts
+    assert browser.run("document.querySelectorAll('.context u').length") == n_contexts
+    shaded = browser.run("document.querySelectorAll('.context [style]').length")
+    assert shaded >= features.n_top
     assert browser.run("document.querySelectorAll('section').length") == 3
-    assert f"#/1/0/{most >> 3}" in browser.run("[...document.querySelectorAll('main a')].map(a => a.hash)"), "its parent's page"
-    assert browser.run("document.documentElement.scrollWidth <= innerWidth"), "a phone's width is enough"
+    links = browser.run("[...document.querySelectorAll('main a')].map(a => a.hash)")
+    assert f"#/1/0/{most >> 3}" in links, "its parent's page"
+    fits = "document.documentElement.scrollWidth <= innerWidth"
+    assert browser.run(fits), "a phone's width is enough"
     browser.press("\ue00c")  # Escape
     assert browser.wait("document.querySelector('h1').innerText == 'Layer 1, level 1'")
 
     browser.run("location.hash = '#/text'")
-    assert browser.wait("document.querySelectorAll('.tokens button').length") == len("def main(): <b>\n    return 1")
-    assert browser.run("document.querySelector('.tokens').textContent") == "def main(): <b>\n    return 1", "text is never HTML"
+    text = "def main(): <b>\n    return 1"
+    assert browser.wait("document.querySelectorAll('.tokens button').length") == len(text)
+    shown = browser.run("document.querySelector('.tokens').textContent")
+    assert shown == text, "text is never HTML"
     features_shown = "document.querySelectorAll('.tree li').length"
     assert browser.run(features_shown) == 4 + 6, "all active features of the token, once each"
     browser.press("\ue014")  # to the right
-    assert browser.wait("location.hash == '#/text/0/1'") and browser.wait(features_shown) == 4 + 6
+    assert browser.wait("location.hash == '#/text/0/1'")
+    assert browser.wait(features_shown) == 4 + 6
 
     browser.run("location.hash = '#/9/9'")
-    assert "layers 0 to 1" in browser.wait("document.querySelector('main').innerText.includes('no feature') && document.body.innerText")
+    told = "document.querySelector('main').innerText.includes('no feature')"
+    assert "layers 0 to 1" in browser.wait(f"{told} && document.body.innerText")
     assert browser.errors() == []
 
 
 def test_an_existing_site_stays(trained, site):
     before = (site / "index.html").stat().st_mtime_ns
-    result = run_script(ROOT / "features.py", f"--ckpt={trained / 'ckpt.pt'}", f"--out={site}")
-    assert result.returncode == 1 and f"{site} is there already" in result.stderr and (site / "index.html").stat().st_mtime_ns == before
+    command = [ROOT / "features.py", f"--ckpt={trained / 'ckpt.pt'}", f"--out_dir={site}"]
+    result = run_script(*command)
+    assert result.returncode == 1
+    assert f"{site} is there already" in result.stderr
+    assert (site / "index.html").stat().st_mtime_ns == before
