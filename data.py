@@ -138,7 +138,7 @@ def read_json_lines(path, on_error="refuse", start=0):
     """
     value = 0
     for number, line in enumerate(read_lines(path, on_error), 1):
-        if line.isspace():
+        if not line.strip():
             continue
         if value >= start:
             try:

@@ -60,6 +60,7 @@ WAITS = (1, 10, 60, 300)  # seconds before each new attempt at what a network or
 MISTAKES = (  # bad input, and ours: another attempt would meet them again
     ValueError, TypeError, AttributeError, NameError, LookupError, ImportError, AssertionError
 )
+DATA_SET = "HuggingFaceFW/fineweb-edu"
 BYTES_PER_TOKEN = {"gpt2": 4, "bytes": 1}  # roughly, for val_tokens=-1 and the progress bar
 
 # -----------------------------------------------------------------------------
@@ -68,9 +69,8 @@ BYTES_PER_TOKEN = {"gpt2": 4, "bytes": 1}  # roughly, for val_tokens=-1 and the 
 def hub_files():
     """FineWeb-Edu's 100B-token sample -> the data set's commit, {file: bytes} in their order."""
     from huggingface_hub import HfApi
-    name = "HuggingFaceFW/fineweb-edu"
-    commit = HfApi().repo_info(name, repo_type="dataset").sha
-    tree = HfApi().list_repo_tree(name, "sample/100BT", repo_type="dataset", revision=commit)
+    commit = HfApi().repo_info(DATA_SET, repo_type="dataset").sha
+    tree = HfApi().list_repo_tree(DATA_SET, "sample/100BT", repo_type="dataset", revision=commit)
     sizes = {entry.path: entry.size for entry in tree if entry.path.endswith(".parquet")}
     return commit, dict(sorted(sizes.items()))
 
@@ -80,8 +80,7 @@ def hub_fetch(file, commit, directory):
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import disable_progress_bars
     disable_progress_bars()  # ours counts tokens
-    hf_hub_download("HuggingFaceFW/fineweb-edu", file, repo_type="dataset", revision=commit,
-                    local_dir=directory)
+    hf_hub_download(DATA_SET, file, repo_type="dataset", revision=commit, local_dir=directory)
 
 
 class Downloads:
@@ -132,8 +131,8 @@ class Downloads:
             self.prefetch.join()
         path = self.path(file)
         names = list(self.files)
-        for following in names[names.index(file) + 1:][:1]:
-            self.start_prefetch(following)
+        if file != names[-1]:
+            self.start_prefetch(names[names.index(file) + 1])
         try:
             yield from file_rows(path, row_group, start)
         except OSError:
@@ -285,8 +284,8 @@ def parquet_rows(path, row_group, row):
             for number, text in enumerate(itertools.islice(texts, row, None), row):
                 yield group, number, text
             row = 0
-    except pyarrow.ArrowException as error:
-        raise OSError(f"{path} is damaged ({error})") from None
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise OSError(f"{path} is damaged ({in_one_line(error)})") from None
 
 
 def open_parquet(path):
@@ -295,7 +294,7 @@ def open_parquet(path):
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowException as error:
-        raise OSError(f"{path} is not a whole .parquet file ({error})") from None
+        raise OSError(f"{path} is not a whole .parquet file ({in_one_line(error)})") from None
     columns = file.schema_arrow.names
     if "text" not in columns:
         raise ValueError(f"{path}: it has no column 'text', but {', '.join(columns)}")
@@ -329,7 +328,7 @@ def count_rows(path):
         return sum(1 for _ in python_documents())
     if path.endswith(".txt"):
         return 1
-    return sum(not line.isspace() for line in read_lines(path, on_error))
+    return sum(bool(line.strip()) for line in read_lines(path, on_error))
 
 
 def text_bytes(path):
@@ -470,9 +469,12 @@ def open_meta(arguments):
     meta = read_meta(out_dir)
     if not meta["shards"]:
         return None
-    before = meta["arguments"]
+    if not meta["complete"] and "files" not in meta:
+        raise ValueError(f"{out_dir} was begun by an older prepare_fineweb.py, which left no place "
+                         "to go on from: choose another --out_dir")
+    before = meta.get("arguments", {})
     if arguments["val_tokens"] == -1:
-        arguments["val_tokens"] = before["val_tokens"]
+        arguments["val_tokens"] = before.get("val_tokens")
     if not meta["complete"]:
         if before["on_error"] == "refuse":
             before["on_error"] = on_error  # what is written had no error
@@ -482,9 +484,6 @@ def open_meta(arguments):
         if before.get(key) != value:
             raise ValueError(f"{out_dir} was prepared with {key}={before.get(key)!r}, not "
                              f"{value!r}: use that or another --out_dir")
-    if not meta["complete"] and "files" not in meta:
-        raise ValueError(f"{out_dir} was begun by an older prepare_fineweb.py, which left no place "
-                         "to go on from: choose another --out_dir")
     return meta
 
 
@@ -531,7 +530,7 @@ def expected_tokens(files, parts):
 def check_files(meta):
     """Raise ValueError if the local files of a source aren't those that the shards are made of."""
     if source == "fineweb-edu":
-        return
+        return  # a commit of the hub doesn't change, and Downloads looks at the sizes
     _, files = list_files(0, 1)
     before = meta["files"]
     for name in {**before, **files}:
@@ -544,28 +543,25 @@ def open_documents(meta, part, parts):
     """
     (Place, text) of the rows that are still to be written, and how many tokens of the first are.
 
-    The place is that of the last token written; that row is read again.
+    After a restart the first row is that of the last token written.
     """
-    place, taken = None, 0
-    n_before = skip  # rows of the part before the first
-    if meta["shards"]:
-        *place, taken = meta["shards"][-1]["cursor"].values()
-        place = Place(*place)
-        n_before += sum(meta["documents"].values()) + meta["skipped_documents"] - 1
     files = meta["files"]
+    open_rows = file_rows
+    first, end = 0, None  # rows of the part, among those of files
     if source == "fineweb-edu":
         downloads = Downloads(files, meta["commit"], os.path.join(out_dir, "downloads"))
-        rows = documents(files, downloads.retried_rows, place)
-        return itertools.islice(rows, 0 if place else skip, None), taken
-    rows = documents(files, file_rows, place)
-    first, end = 0, None
-    if parts > 1:
+        open_rows = downloads.retried_rows
+    elif parts > 1:
         total = sum(map(count_rows, files))
         first, end = part * total // parts, (part + 1) * total // parts
-    left_out = 0 if place else first + skip
-    if end is not None:
-        end += left_out - first - n_before
-    return itertools.islice(rows, left_out, end), taken
+    first += skip
+    if not meta["shards"]:
+        return itertools.islice(documents(files, open_rows), first, end), 0
+    *place, taken = meta["shards"][-1]["cursor"].values()
+    rows = documents(files, open_rows, Place(*place))
+    n_before = sum(meta["documents"].values()) + meta["skipped_documents"] - 1
+    left = end if end is None else end - first - n_before
+    return itertools.islice(rows, left), taken
 
 
 def next_shard(meta, stream, bar):
@@ -607,7 +603,8 @@ def prepare(arguments):
         meta = new_meta(arguments, encoding, part, parts)
     elif meta["complete"]:
         return meta
-    check_files(meta)
+    else:
+        check_files(meta)
     rows, taken = open_documents(meta, part, parts)
     stream = TokenStream(encoded(rows, encoding, workers or os.cpu_count()), taken)
     total = expected_tokens(meta["files"], parts)
@@ -636,7 +633,7 @@ def verify_shards(data_dir):
         path = os.path.join(data_dir, shard["file"])
         try:
             with open(path, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
+                if hashlib.file_digest(file, "sha256").hexdigest() != shard.get("sha256"):
                     faults.append(f"{path}: its checksum is not the one in meta.json")
         except OSError as error:
             faults.append(f"{path}: {error.strerror}")

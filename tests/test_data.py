@@ -226,7 +226,8 @@ def test_a_byte_order_mark_blank_lines_and_crlf_are_fine(tmp_path):
 def test_latin_1_is_named(tmp_path):
     path = tmp_path / "old.txt"
     path.write_bytes("na\xefve".encode("latin-1"))
-    with pytest.raises(ValueError, match="old.txt, line 1: invalid UTF-8 .byte 2 is 0xef.: convert"):
+    message = "old.txt, line 1: invalid UTF-8 .byte 2 is 0xef.: convert"
+    with pytest.raises(ValueError, match=message):
         data.read_text(path)
 
 
@@ -239,6 +240,10 @@ def test_parquet_without_text_or_without_its_end_is_named(tmp_path):
     path.write_bytes(whole[:-20])
     run = prepare(tmp_path / "bins", source=path)
     check_fails(run, "a.parquet", "not a whole .parquet file")
+    table = pyarrow.table({"text": pyarrow.array([b"fine", b"\xff\xff"]).cast("binary")})
+    table = table.cast(pyarrow.schema([("text", "string")]), safe=False)
+    pyarrow.parquet.write_table(table, path)
+    check_fails(prepare(tmp_path / "bins", source=path), "a.parquet is damaged", "0xff")
     path.write_bytes(whole)
     prepared_well(tmp_path / "bins", source=path)
 
@@ -297,8 +302,8 @@ def test_verify_finds_a_changed_shard(prepared, tmp_path):
 @pytest.mark.parametrize("workers", [1, 3])
 def test_killed_at_any_moment_and_started_again(tmp_path, workers):
     """kill -9 at moments spread over the run, then once more to the end: the same bytes."""
-    source = write_jsonl(tmp_path / "text.jsonl", DOCUMENTS * 2500)
-    settings = dict(source=source, val_tokens=100_000, shard_tokens=50_000, workers=workers)
+    source = write_jsonl(tmp_path / "text.jsonl", DOCUMENTS * 1500)
+    settings = dict(source=source, val_tokens=100_000, shard_tokens=30_000, workers=workers)
     out, whole = tmp_path / "killed", tmp_path / "whole"
     prepared_well(whole, **settings)
     kills = 0
@@ -583,7 +588,7 @@ def killed_preparations(directory, kills, seconds, n_rows, seed=0):
 
 
 def test_fineweb_edu_killed_and_started_again(tmp_path):
-    shards_at_kill, n_shards, finished = killed_preparations(tmp_path, 4, (0.6, 1.2), 6000)
+    shards_at_kill, n_shards, finished = killed_preparations(tmp_path, 4, (0.6, 1.2), 4000)
     assert len(shards_at_kill) == 4 and finished
 
 
