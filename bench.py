@@ -1,13 +1,14 @@
 """
-Measures what the sparse bottleneck costs, beside what one would use instead. Medians of interleaved repeats.
+Measures what the sparse bottleneck costs, beside what one would use instead. Medians of interleaved
+repeats.
 
     python bench.py                                   # every section, about 4 minutes on 2 cores
-    python bench.py --section=layer --json=layer.json
-    python bench.py --device=cuda --dtype=bf16 --compile
+    python bench.py --section=layer --json_file=layer.json
+    python bench.py --section=step --dtype=bf16 --torch_compile
 
 Sections: layer, step, growth, flops, optimizer, sampling, data. Ratios are to the row they name.
 """
-import json as json_module
+import json
 import os
 import platform
 import statistics
@@ -22,44 +23,64 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import cayley
 import prepare_fineweb
 from cayley import CayleySAE
 from configurator import configure, run_main
-from model import GPT, MLP, CausalSelfAttention, GPTConfig
+from data import Windows, get_tokenizer, write_json
+from model import GPT, MLP, CausalSelfAttention, GPTConfig, pick_device
 from muon import Muon, MuonAdamW
 
 # settings, see configurator.py
 section = "all"  # or one of the sections above
 device = "cpu"
 dtype = "fp32"  # or "bf16": autocast
-compile = False  # a compiled cayley 2L as well, in the step section
+torch_compile = False  # a compiled cayley 2L as well, in the step section
 repeats = 3
 n_layer = 2  # of the models of the step section
-json = ""  # file for all numbers
+json_file = ""  # for all numbers
 
-LEVELS = {"d=1024 2L": (1024, "10,16,0;15,32,256"), "d=1024 3L": (1024, "10,16,0;15,32,256;17,64,256"),
-          "d=2048 2L": (2048, "11,16,0;15,32,256")}
+# settings of child()
+model_name = "dense"  # of MODELS, for its peak memory
+directory = ""  # of bins, for the loader
 
+LEVELS = {
+    "d=1024 2L": (1024, "10,16,0;15,32,256"),
+    "d=1024 3L": (1024, "10,16,0;15,32,256;17,64,256"),
+    "d=2048 2L": (2048, "11,16,0;15,32,256"),
+}
+MODELS = {
+    "dense": "",
+    "cayley 2L": LEVELS["d=1024 2L"][1],
+    "cayley 3L": LEVELS["d=1024 3L"][1],
+}
 
 # -----------------------------------------------------------------------------
 # measuring
 
+
+def synchronize():
+    """Wait for the device, so that a clock read afterwards has its work."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def seconds(function):
+    synchronize()
+    start = time.perf_counter()
+    function()
+    synchronize()
+    return time.perf_counter() - start
+
+
 def interleaved(functions, repeats):
-    """{name: median seconds}: every function once in turn, repeats times, after one warm-up each."""
+    """{name: median seconds}: every function in turn, repeats times, after a warm-up of each."""
     times = {name: [] for name in functions}
-    for repeat in range(repeats + 1):
+    for _ in range(repeats + 1):
         for name, function in functions.items():
-            if device != "cpu":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            function()
-            if device != "cpu":
-                torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(seconds(function))
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
@@ -68,60 +89,64 @@ def autocast():
 
 
 def show(title, rows):
-    """Print and return {name: {column: value}} as a table."""
+    """Print rows, {name: {column: value}}, as a table, and return them."""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     width = max(len(name) for name in rows)
-    print(f"\n{title}\n{'':{width}}  " + "  ".join(f"{column:>14}" for column in columns))
+    print(f"\n{title}")
+    print(" " * width + "  " + "  ".join(f"{column:>14}" for column in columns))
     for name, row in rows.items():
-        print(f"{name:{width}}  " + "  ".join(f"{row[column]:14,.4g}" if column in row else " " * 14 for column in columns))
+        cells = [f"{row[column]:14,.4g}" if column in row else " " * 14 for column in columns]
+        print(f"{name:{width}}  " + "  ".join(cells))
     return rows
 
 
 def child(*arguments, ranks=1):
-    """This script again in a process of its own: the JSON that it prints last."""
-    launcher = [sys.executable] + ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] * (ranks > 1)
-    settings = [f"--device={device}", f"--dtype={dtype}", f"--compile={compile}", f"--n_layer={n_layer}"]
-    output = subprocess.run([*launcher, __file__, *settings, *arguments], check=True, capture_output=True, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"} if ranks > 1 else None).stdout
-    return json_module.loads(output.strip().splitlines()[-1])
+    """This script again, in a process or several of torchrun: the JSON that it prints last."""
+    launcher = [sys.executable]
+    environment = dict(os.environ)
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        environment["OMP_NUM_THREADS"] = "1"
+    settings = [f"--{key}={globals()[key]}" for key in ("device", "dtype", "n_layer")]
+    command = [*launcher, __file__, *settings, *arguments]
+    result = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    return json.loads(result.stdout.strip().splitlines()[-1])
+
+
+def children(n, *arguments):
+    """child() in n processes at once."""
+    with ThreadPoolExecutor(n) as pool:
+        return list(pool.map(lambda _: child(*arguments), range(n)))
 
 
 # -----------------------------------------------------------------------------
 # what one would use instead
 
+
 class DenseDictionarySAE(CayleySAE):
-    """The same layer with scores from a product with the whole dictionary."""
+    """The same layer by its plain definition: products with the whole dictionary."""
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.dictionaries = [self.atoms(i, range(2**level.n)) for i, level in enumerate(self.levels)]
+        for i, level in enumerate(self.levels):
+            atoms = self.atoms(i, range(2**level.n))
+            self.register_buffer(f"atoms_{i}", atoms, persistent=False)
 
     def forward(self, x):
-        output, parents = 0, None
-        for i, (level, where) in enumerate(zip(self.levels, self.level_slices)):
-            scale = self.var[where].rsqrt()
-            score = (x @ self.dictionaries[i].T - self.mean[where]) * scale + self.bias[where]
-            candidates = score
-            if i > 0:
-                n_blocks = 2**level.n // level.delta
-                blocks = parents >> (self.levels[i - 1].n - n_blocks.bit_length() + 1)
-                shut = torch.ones(len(x), n_blocks, dtype=torch.bool, device=x.device).scatter(1, blocks, False)
-                candidates = score.view(len(x), n_blocks, -1).masked_fill(shut[..., None], -torch.inf).flatten(1)
-            parents = candidates.topk(level.k).indices
-            values = score.gather(1, parents)
-            output = output + F.embedding_bag(parents, self.dictionaries[i], per_sample_weights=values.float(), mode="sum")
-        return output
+        atoms = [getattr(self, f"atoms_{i}") for i in range(len(self.levels))]
+        return cayley.plain_decode(cayley.plain_encode(self, x, atoms), atoms)
 
 
 class TopKSAE(nn.Module):
-    """A learned SAE of the same width and number of active features: Linear encoder, top-k, gather decoder."""
+    """A learned SAE of that width and number of active features: Linear, top-k, sum of rows."""
 
     def __init__(self, n_embd, levels):
         super().__init__()
         levels = cayley.parse_levels(levels)
-        self.k, width = sum(level.k for level in levels), sum(2**level.n for level in levels)
-        self.encoder = nn.Linear(n_embd, width)
-        self.decoder = nn.Parameter(torch.randn(width, n_embd) / n_embd**0.5)
+        self.k = sum(level.k for level in levels)
+        n_features = sum(2**level.n for level in levels)
+        self.encoder = nn.Linear(n_embd, n_features)
+        self.decoder = nn.Parameter(torch.randn(n_features, n_embd) / n_embd**0.5)
 
     def forward(self, x):
         values, ids = self.encoder(x).topk(self.k)
@@ -134,115 +159,156 @@ class DenseBlock(nn.Module):
     def __init__(self, n_embd):
         super().__init__()
         config = GPTConfig(n_embd=n_embd, n_head=n_embd // 128, cayley_levels="")
-        self.attn, self.mlp = CausalSelfAttention(config), MLP(config)
+        self.attn = CausalSelfAttention(config)
+        self.mlp = MLP(config)
 
     def forward(self, x):
         return self.mlp(x + self.attn(x.unsqueeze(0)).squeeze(0))
 
 
 # -----------------------------------------------------------------------------
-# sections
-
-def bench_layer(n_tokens=1024):
-    results = {}
-    for name, (n_embd, levels) in LEVELS.items():
-        n = n_tokens if name == "d=1024 2L" else n_tokens // 4
-        x = torch.randn(n, n_embd, device=device, requires_grad=True)
-        layers = {"CayleySAE": CayleySAE(n_embd, levels), "dense dictionary": DenseDictionarySAE(n_embd, levels),
-                  "learned TopK SAE": TopKSAE(n_embd, levels), "dense block": DenseBlock(n_embd), "MLP": DenseBlock(n_embd).mlp}
-        functions = {}
-        for layer_name, layer in layers.items():
-            layer.to(device)
-
-            def forward(layer=layer):
-                with autocast():
-                    return layer(x)
-
-            def both(layer=layer, forward=forward):
-                layer.zero_grad()
-                x.grad = None
-                forward().float().sum().backward()
-            functions[layer_name, "forward"], functions[layer_name, "both"] = forward, both
-        times = interleaved(functions, repeats if name == "d=1024 2L" else 1)  # the others' alternatives take seconds
-        ours = times["CayleySAE", "both"]
-        results[name] = show(f"layer, {name} ({levels}), {n} tokens, {dtype}: microseconds per token", {
-            layer: {"forward": times[layer, "forward"] / n * 1e6, "fwd+bwd": times[layer, "both"] / n * 1e6,
-                    "x CayleySAE": times[layer, "both"] / ours} for layer in layers})
-        del layers, functions
-    return results
+# layer
 
 
-MODELS = {"dense": "", "cayley 2L": LEVELS["d=1024 2L"][1], "cayley 3L": LEVELS["d=1024 3L"][1]}
+def layer_functions(layer, x):
+    """Functions of a layer on x: its forward, and its forward and backward."""
+    layer.to(device)
+
+    def forward():
+        with autocast():
+            return layer(x)
+
+    def both():
+        layer.zero_grad()
+        x.grad = None
+        forward().float().sum().backward()
+
+    return forward, both
 
 
-def training_step(levels, compile=False):
-    """Two functions of a GPT of the reference's width: forward and backward of a batch, and what ends the step."""
+def compare_layers(name, n_tokens, repeats):
+    n_embd, levels = LEVELS[name]
+    x = torch.randn(n_tokens, n_embd, device=device, requires_grad=True)
+    block = DenseBlock(n_embd)
+    layers = {
+        "CayleySAE": CayleySAE(n_embd, levels),
+        "dense dictionary": DenseDictionarySAE(n_embd, levels),
+        "learned TopK SAE": TopKSAE(n_embd, levels),
+        "dense block": block,
+        "MLP": block.mlp,
+    }
+    functions = {}
+    for layer_name, layer in layers.items():
+        forward, both = layer_functions(layer, x)
+        functions[layer_name, "forward"] = forward
+        functions[layer_name, "both"] = both
+    times = interleaved(functions, repeats)
+    rows = {}
+    for layer_name in layers:
+        rows[layer_name] = {
+            "forward": times[layer_name, "forward"] / n_tokens * 1e6,
+            "fwd+bwd": times[layer_name, "both"] / n_tokens * 1e6,
+            "x CayleySAE": times[layer_name, "both"] / times["CayleySAE", "both"],
+        }
+    title = f"layer, {name} ({levels}), {n_tokens} tokens, {dtype}: microseconds per token"
+    return show(title, rows)
+
+
+def bench_layer():
+    return {
+        "d=1024 2L": compare_layers("d=1024 2L", 1024, repeats),
+        # the alternatives take seconds here
+        "d=1024 3L": compare_layers("d=1024 3L", 256, 1),
+        "d=2048 2L": compare_layers("d=2048 2L", 256, 1),
+    }
+
+
+# -----------------------------------------------------------------------------
+# step
+
+
+def training_step(levels, compiled=False):
+    """
+    Two functions of a GPT of the reference's width: forward and backward of a batch of 1,024
+    tokens, and what ends the step.
+    """
     torch.manual_seed(0)
     model = GPT(GPTConfig(n_layer=n_layer, cayley_levels=levels)).to(device)
     optimizer = MuonAdamW(model, 1e-3, 1e-3)
     idx = torch.randint(50257, (1, 1025), device=device)
-    forward = torch.compile(model) if compile else model
+    forward = torch.compile(model) if compiled else model
 
     def forward_backward():
         optimizer.zero_grad()
         with autocast():
-            loss = forward(idx[:, :-1], idx[:, 1:])[1]
+            _, loss = forward(idx[:, :-1], idx[:, 1:])
         loss.backward()
 
     def update():
         optimizer.step()
         for sae in model.saes():
             sae.update_stats()
+
     return forward_backward, update
 
 
-def peak_memory(levels):
-    """Peak bytes of training in this process: a step, and the next backward, when the optimizer's state is there."""
-    forward_backward, update = training_step(levels)
+def peak_memory():
+    """
+    Peak bytes of training model_name in this process.
+
+    A step, and the next backward, when the optimizer's state is there.
+    """
+    forward_backward, update = training_step(MODELS[model_name])
     for function in (forward_backward, update, forward_backward):
         function()
     if device != "cpu":
         return torch.cuda.max_memory_allocated()
     with open("/proc/self/status") as file:  # not ru_maxrss, which starts with the parent's
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+        kilobytes = next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
+    return kilobytes * 1024
 
 
 def bench_step():
-    functions = {(name, part): function for name, levels in MODELS.items()
-                 for part, function in zip(("both", "update"), training_step(levels))}
-    if compile:
-        functions["compiled", "both"], _ = training_step(MODELS["cayley 2L"], compile=True)
+    functions = {}
+    for name, levels in MODELS.items():
+        functions[name, "both"], functions[name, "update"] = training_step(levels)
+    if torch_compile:
+        functions["compiled", "both"], _ = training_step(MODELS["cayley 2L"], compiled=True)
     times = interleaved(functions, repeats)
-    del functions
+    del functions  # and with it the models
     with ThreadPoolExecutor(2 if device == "cpu" else 1) as pool:
-        memory = dict(zip(MODELS, pool.map(lambda name: child("--section=memory", f"--model={name}"), MODELS)))
+        peaks = pool.map(lambda name: child("--section=memory", f"--model_name={name}"), MODELS)
+        memory = dict(zip(MODELS, peaks))
     step = {name: times[name, "both"] + times[name, "update"] for name in MODELS}
-    rows = {
-        name: {"fwd+bwd tok/s": 1024 / times[name, "both"], "x dense": times["dense", "both"] / times[name, "both"],
-               "step tok/s": 1024 / step[name], "step x dense": step["dense"] / step[name], "peak GB": memory[name] / 1e9,
-               "peak x dense": memory[name] / memory["dense"]} for name in MODELS}
-    if compile:
-        rows["cayley 2L, compiled"] = {"fwd+bwd tok/s": 1024 / times["compiled", "both"],
-                                       "x dense": times["dense", "both"] / times["compiled", "both"]}
-    return show(f"training step, {n_layer} layers, d=1024, 1,024 tokens, vocab 50304, {dtype}", rows)
+    rows = {}
+    for name in MODELS:
+        rows[name] = {
+            "fwd+bwd tok/s": 1024 / times[name, "both"],
+            "x dense": times["dense", "both"] / times[name, "both"],
+            "step tok/s": 1024 / step[name],
+            "step x dense": step["dense"] / step[name],
+            "peak GB": memory[name] / 1e9,
+            "peak x dense": memory[name] / memory["dense"],
+        }
+    if torch_compile:
+        rows["cayley 2L, compiled"] = {
+            "fwd+bwd tok/s": 1024 / times["compiled", "both"],
+            "x dense": times["dense", "both"] / times["compiled", "both"],
+        }
+    title = f"training step, {n_layer} layers, d=1024, 1,024 tokens, vocab 50304, {dtype}"
+    return show(title, rows)
 
 
-def bench_growth():
-    def layer(n, k=32):
-        return CayleySAE(1024, [(10, 16, 0), (n, k, 256)]).to(device)
-    x = torch.randn(1024, 1024, device=device)
-    bits = {n: layer(n) for n in range(12, 18)}
-    times = interleaved({n: lambda sae=sae: sae(x) for n, sae in bits.items()}, repeats)
-    rows = {f"2^{n} features": {"us/token": times[n] / 1024 * 1e6, "x a bit less": times[n] / times.get(n - 1, times[n]),
-                                "temporary MB": temporaries(bits[n], x) / 1e6} for n in bits}
-    results = {"features": show("layer forward, d=1024, 10,16,0;n,32,256, 1,024 tokens", rows)}
-    inputs = {n: torch.randn(n, 1024, device=device) for n in (256, 1024, 4096, 16384)}
-    times = interleaved({n: lambda x=x: bits[15](x) for n, x in inputs.items()}, repeats)
-    rows = {f"{n} tokens": {"us/token": times[n] / n * 1e6, "temporary MB": temporaries(bits[15], x) / 1e6}
-            for n, x in inputs.items()}
-    return results | {"tokens": show("layer forward, d=1024, 2L", rows)}
+# -----------------------------------------------------------------------------
+# growth
 
 
+def select_inputs(sae, x):
+    """Arguments of cayley.select for a layer's first step."""
+    return x, torch.ones_like(sae.bias), torch.zeros_like(sae.bias), sae.plan
+
+
+@torch.no_grad()
 def temporaries(sae, x):
     """Peak bytes that scoring holds beyond its inputs and results."""
     if device != "cpu":
@@ -250,10 +316,10 @@ def temporaries(sae, x):
         before = torch.cuda.memory_allocated()
         sae(x)
         return torch.cuda.max_memory_allocated() - before
-    scale, offset = torch.ones_like(sae.bias), torch.zeros_like(sae.bias)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        with torch.no_grad():
-            cayley.select(x, scale, offset, sae.plan)
+    inputs = select_inputs(sae, x)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        cayley.select(*inputs)
     held = peak = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
@@ -262,38 +328,101 @@ def temporaries(sae, x):
     return peak - max(0, held)
 
 
+def bench_growth():
+    x = torch.randn(1024, 1024, device=device)
+    layers = {}
+    for n in range(12, 18):
+        layers[n] = CayleySAE(1024, [(10, 16, 0), (n, 32, 256)]).to(device)
+    times = interleaved({n: lambda sae=sae: sae(x) for n, sae in layers.items()}, repeats)
+    by_features = {}
+    for n, sae in layers.items():
+        by_features[f"2^{n} features"] = {
+            "us/token": times[n] / 1024 * 1e6,
+            "x a bit less": times[n] / times.get(n - 1, times[n]),
+            "temporary MB": temporaries(sae, x) / 1e6,
+        }
+    show("layer forward, d=1024, 10,16,0;n,32,256, 1,024 tokens", by_features)
+    sae = layers[15]
+    inputs = {n: torch.randn(n, 1024, device=device) for n in (256, 1024, 4096, 16384)}
+    times = interleaved({n: lambda x=x: sae(x) for n, x in inputs.items()}, repeats)
+    by_tokens = {}
+    for n, x in inputs.items():
+        by_tokens[f"{n} tokens"] = {
+            "us/token": times[n] / n * 1e6,
+            "temporary MB": temporaries(sae, x) / 1e6,
+        }
+    show("layer forward, d=1024, 2L", by_tokens)
+    return {"features": by_features, "tokens": by_tokens}
+
+
+# -----------------------------------------------------------------------------
+# flops
+
+
+@torch.no_grad()
+def scoring_flops(n_embd, levels, n_tokens=64):
+    """
+    FLOPs a token of select's products, counted.
+
+    By the profiler: FlopCounterMode doesn't see what an operator of torch.library does inside.
+    """
+    inputs = select_inputs(CayleySAE(n_embd, levels), torch.randn(n_tokens, n_embd))
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, with_flops=True) as profile:
+        cayley.select(*inputs)
+    products = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
+    counts = [event.flops for event in profile.key_averages() if event.key in products]
+    return sum(counts) / n_tokens
+
+
 def bench_flops():
-    """Of the forward, per token. The layer's products are counted on one chunk; sums of atoms are 2 d a term."""
+    """Of the forward, per token; sums of atoms are 2 d a term."""
     rows = {}
     for name, (n_embd, levels) in LEVELS.items():
-        x, sae = torch.randn(64, n_embd), CayleySAE(n_embd, levels)
-        plan = []
-        for n, k, m in zip(sae.plan[::3], sae.plan[1::3], sae.plan[2::3]):
-            plan.append((n, k, m, torch.ones(2 ** (n - m), 2**m), torch.zeros(2 ** (n - m) + 1, 2**m)))
-        with FlopCounterMode(display=False) as counter:
-            cayley._select_chunk(x, plan)
-        active, slots = sum(level.k for level in sae.levels), [1] + [level.k for level in sae.levels[:-1]]
-        flops = counter.get_total_flops() / 64 + 2 * n_embd * active
-        scored = sum(s * (2 * n_embd + 4 * 2**m) for s, m in zip(slots, sae.plan[2::3]))  # signed copies, scores
-        block = 24 * n_embd**2
-        rows[name] = {"MFLOP/token": flops / 1e6, "% of block": 100 * flops / block, "kB moved/token":
-                      4 * (scored + active * n_embd) / 1e3, "block kB/token": 4 * 36 * n_embd / 1e3}
-    return show("arithmetic and memory traffic (estimate, fp32) of the layer's forward; the dense block's is 24 d^2", rows)
+        sae = CayleySAE(n_embd, levels)
+        active = sum(level.k for level in sae.levels)
+        flops = scoring_flops(n_embd, levels) + 2 * n_embd * active
+        moved = active * n_embd  # numbers, of the atoms that are summed
+        slots = 1
+        for level, m in zip(sae.levels, sae.block_bits):
+            moved += slots * (2 * n_embd + 4 * 2**m)  # signed copies, scores
+            slots = level.k
+        rows[name] = {
+            "MFLOP/token": flops / 1e6,
+            "% of block": 100 * flops / (24 * n_embd**2),
+            "kB moved/token": 4 * moved / 1e3,
+            "block kB/token": 4 * 36 * n_embd / 1e3,
+        }
+    title = "arithmetic and memory traffic (estimate, fp32) of the layer's forward; the dense "
+    return show(title + "block's is 24 d^2", rows)
+
+
+# -----------------------------------------------------------------------------
+# optimizer
+
+
+def random_matrices(shapes):
+    """Parameters with gradients."""
+    params = []
+    for shape in shapes:
+        p = nn.Parameter(torch.randn(shape, device=device))
+        p.grad = torch.randn_like(p)
+        params.append(p)
+    return params
 
 
 def bench_optimizer():
     shapes = [(1024, 1024)] * 4 * n_layer + [(4096, 1024)] * n_layer + [(1024, 4096)] * n_layer
-    optimizers = {}
-    for name, make in {"Muon": lambda p: Muon(p, 0.01), "torch.optim.Muon": lambda p: torch.optim.Muon(p, 0.01)}.items():
-        params = [nn.Parameter(torch.randn(shape, device=device)) for shape in shapes]
-        for p in params:
-            p.grad = torch.randn_like(p)
-        optimizers[name] = make(params).step
-    times = interleaved(optimizers, repeats)
-    rows = {name: {"ms": 1e3 * seconds, "x torch": seconds / times["torch.optim.Muon"]} for name, seconds in times.items()}
+    times = interleaved({
+        "Muon": Muon(random_matrices(shapes), 0.01).step,
+        "torch.optim.Muon": torch.optim.Muon(random_matrices(shapes), 0.01).step,
+    }, repeats)
+    rows = {}
+    for name, elapsed in times.items():
+        rows[name] = {"ms": 1e3 * elapsed, "x torch": elapsed / times["torch.optim.Muon"]}
     if device == "cpu":
-        one, two = (child("--section=muon", ranks=ranks) for ranks in (1, 2))
-        rows |= {"Muon, 1 rank of 1 thread": {"ms": one * 1e3}, "Muon, each of 2 such ranks": {"ms": two * 1e3}}
+        for name, ranks in (("Muon, 1 rank of 1 thread", 1), ("Muon, each of 2 such ranks", 2)):
+            rows[name] = {"ms": 1e3 * child("--section=muon", ranks=ranks)}
     return show(f"optimizer step, the matrices of {n_layer} layers of d=1024", rows)
 
 
@@ -302,104 +431,160 @@ def muon_step():
     torch.set_num_threads(1)
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
-    params = [nn.Parameter(torch.randn(1024, 1024)) for _ in range(4)]
-    for p in params:
-        p.grad = torch.ones_like(p)
-    seconds = interleaved({"step": Muon(params, 0.01).step}, repeats)["step"]
-    if "RANK" in os.environ and int(os.environ["RANK"]):
+    optimizer = Muon(random_matrices([(1024, 1024)] * 4), 0.01)
+    elapsed = interleaved({"step": optimizer.step}, repeats)["step"]
+    if int(os.environ.get("RANK", 0)):
         sys.stdout = open(os.devnull, "w")  # one rank prints
-    return seconds
+    return elapsed
+
+
+# -----------------------------------------------------------------------------
+# sampling
 
 
 def bench_sampling():
-    rows = {}
+    """Seconds a token: those of some tokens without those of the first, which reads the context."""
     model = GPT(GPTConfig(n_layer=n_layer)).to(device)
+    rows = {}
     for context in (64, 512, 1016):
         idx = torch.randint(50257, (1, context), device=device)
 
-        def tokens(use_cache, n):
+        def sample(n, use_cache, idx=idx):
             for _ in model.stream(idx, n, use_cache=use_cache):
                 pass
-        times = interleaved({(c, n): lambda c=c, n=n: tokens(c, n) for c in (True, False) for n in ((1, 8) if c else (1, 2))}, repeats)
-        with_cache, without = (times[True, 8] - times[True, 1]) / 7, times[False, 2] - times[False, 1]
-        rows[f"context {context}"] = {"cache ms/token": 1e3 * with_cache, "without": 1e3 * without, "ratio": without / with_cache}
+
+        times = interleaved({
+            "first": lambda: sample(1, True),
+            "eight": lambda: sample(8, True),
+            "first without": lambda: sample(1, False),
+            "two without": lambda: sample(2, False),
+        }, repeats)
+        with_cache = (times["eight"] - times["first"]) / 7
+        without = times["two without"] - times["first without"]
+        rows[f"context {context}"] = {
+            "cache ms/token": 1e3 * with_cache,
+            "without": 1e3 * without,
+            "ratio": without / with_cache,
+        }
     return show(f"sampling, {n_layer} layers of d=1024", rows)
 
 
-def bench_data():
-    """The loader on 1 GB of bins, and preparation against the bare tokenizer with as many threads on the same text."""
-    with tempfile.TemporaryDirectory() as directory:
-        tokens, shards = np.random.default_rng(0).integers(0, 50257, 50_000_000, dtype=np.uint16), []
-        for i in range(10):
-            shards.append({"file": f"train_{i:06d}.bin", "split": "train", "tokens": len(tokens)})
-            tokens.tofile(os.path.join(directory, shards[-1]["file"]))
-        prepare_fineweb.write_json(os.path.join(directory, "meta.json"), {"tokenizer": "gpt2", "shards": shards})
-        rows = {f"loader, {ranks} ranks": {"tokens/s": sum(parallel("--section=loader", f"--directory={directory}", ranks))}
-                for ranks in (1, 2)}
-        try:
-            encoding = prepare_fineweb.get_tokenizer("gpt2")
-        except ValueError:  # not here and no network
-            encoding = prepare_fineweb.get_tokenizer("bytes")
-        texts = list(prepare_fineweb.python_documents())
-        megabytes, threads = sum(len(text.encode()) for text in texts) / 1e6, os.cpu_count()
-        with open(os.path.join(directory, "texts.jsonl"), "w") as file:
-            file.writelines(json_module.dumps({"text": text}) + "\n" for text in texts)
+# -----------------------------------------------------------------------------
+# data
 
-        def bare():
-            encoding.encode_ordinary_batch(texts, num_threads=threads)
 
-        def pipeline():
-            rows = prepare_fineweb.file_rows(os.path.join(directory, "texts.jsonl"))
-            stream = prepare_fineweb.TokenStream(prepare_fineweb.encoded(rows, encoding, threads), 0, 0)
-            with tqdm(disable=True) as bar:
-                prepare_fineweb.write_shard(os.path.join(directory, "shard.bin"), stream.take(10**9), bar)
-        times = interleaved({"bare": bare, "pipeline": pipeline}, repeats)
-    rows[f"preparing, {encoding.name}, {threads} threads"] = {
-        "MB/s": megabytes / times["pipeline"], "bare tiktoken": megabytes / times["bare"], "ratio": times["bare"] / times["pipeline"]}
-    return show("data", rows)
+def write_bins(path, n_shards=10, shard_tokens=50_000_000):
+    """A data directory of random tokens at path: 1 GB."""
+    tokens = np.random.default_rng(0).integers(0, 50257, shard_tokens, dtype=np.uint16)
+    shards = []
+    for i in range(n_shards):
+        name = f"train_{i:06d}.bin"
+        tokens.tofile(os.path.join(path, name))
+        shards.append({"file": name, "split": "train", "tokens": shard_tokens})
+    meta = {
+        "tokenizer": "gpt2",
+        "vocab_size": 50257,
+        "dtype": "uint16",
+        "complete": True,
+        "shards": shards,
+    }
+    write_json(os.path.join(path, "meta.json"), meta)
 
 
 def loader_rate():
-    """Tokens per second of one process reading shuffled micro-batches of 32 windows of 1,024."""
-    windows = prepare_fineweb.Windows(directory, "train", 1024)
-    start, n = time.perf_counter(), 0
+    """Tokens a second of one process that reads shuffled micro-batches of 32 windows of 1,024."""
+    windows = Windows(directory, "train", 1024)
+    n = 0
+    start = time.perf_counter()
     while time.perf_counter() - start < 3:
         windows.shuffled(n * 32, 32, seed=0)
         n += 1
     return n * 32 * 1024 / (time.perf_counter() - start)
 
 
-def parallel(*arguments):
-    """child(), in so many processes at once."""
-    *arguments, n = arguments
-    with ThreadPoolExecutor(n) as pool:
-        return list(pool.map(lambda _: child(*arguments), range(n)))
+def compare_encoding(path):
+    """Preparation against the bare tokenizer with as many threads, on Python's own text."""
+    try:
+        encoding = get_tokenizer("gpt2")
+    except ValueError:  # not here and no network
+        encoding = get_tokenizer("bytes")
+    texts = list(prepare_fineweb.python_documents())
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    threads = os.cpu_count()
+    source = os.path.join(path, "texts.jsonl")
+    with open(source, "w") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+
+    def bare():
+        encoding.encode_ordinary_batch(texts, num_threads=threads)
+
+    def pipeline():
+        rows = prepare_fineweb.documents([source], prepare_fineweb.file_rows)
+        stream = prepare_fineweb.TokenStream(prepare_fineweb.encoded(rows, encoding, threads))
+        with tqdm(disable=True) as bar:
+            shard = os.path.join(path, "shard.bin")
+            prepare_fineweb.write_shard(shard, stream.take(10**9), bar)
+
+    times = interleaved({"bare": bare, "pipeline": pipeline}, repeats)
+    row = {
+        "MB/s": megabytes / times["pipeline"],
+        "bare tiktoken": megabytes / times["bare"],
+        "ratio": times["bare"] / times["pipeline"],
+    }
+    return {f"preparing, {encoding.name}, {threads} threads": row}
 
 
-SECTIONS = {"layer": bench_layer, "step": bench_step, "growth": bench_growth, "flops": bench_flops,
-            "optimizer": bench_optimizer, "sampling": bench_sampling, "data": bench_data}
-INTERNAL = {"memory": lambda: peak_memory(MODELS[model]), "muon": muon_step, "loader": loader_rate}  # of child()
-model = "dense"  # of INTERNAL's memory
-directory = ""  # of INTERNAL's loader
+def bench_data():
+    rows = {}
+    with tempfile.TemporaryDirectory() as path:
+        write_bins(path)
+        for ranks in (1, 2):
+            rates = children(ranks, "--section=loader", f"--directory={path}")
+            rows[f"loader, {ranks} ranks"] = {"tokens/s": sum(rates)}
+        rows |= compare_encoding(path)
+    return show("data", rows)
+
+
+# -----------------------------------------------------------------------------
+
+SECTIONS = {
+    "layer": bench_layer,
+    "step": bench_step,
+    "growth": bench_growth,
+    "flops": bench_flops,
+    "optimizer": bench_optimizer,
+    "sampling": bench_sampling,
+    "data": bench_data,
+}
+CHILD_SECTIONS = {"memory": peak_memory, "muon": muon_step, "loader": loader_rate}
 
 
 def main():
     configure(globals())
+    pick_device(device)
     if dtype not in ("fp32", "bf16"):
         raise ValueError(f"dtype={dtype!r}: must be 'fp32' or 'bf16'")
-    if section in INTERNAL:
-        print(json_module.dumps(INTERNAL[section]()), flush=True)
+    if section in CHILD_SECTIONS:
+        print(json.dumps(CHILD_SECTIONS[section]()), flush=True)
         os._exit(0)  # see the end of train.py
     if section != "all" and section not in SECTIONS:
         raise ValueError(f"section={section!r}: must be all or one of {', '.join(SECTIONS)}")
-    machine = {"processor": torch.cuda.get_device_name() if device != "cpu" else platform.processor() or platform.machine(),
-               "threads": torch.get_num_threads(), "torch": torch.__version__, "dtype": dtype}
-    print(machine)
-    results = {"machine": machine}
+    processor = platform.processor() or platform.machine()
+    if device != "cpu":
+        processor = torch.cuda.get_device_name()
+    results = {
+        "machine": {
+            "processor": processor,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "dtype": dtype,
+        },
+    }
+    print(results["machine"])
     for name in SECTIONS if section == "all" else [section]:
         results[name] = SECTIONS[name]()
-    if json:
-        prepare_fineweb.write_json(json, results)
+    if json_file:
+        write_json(json_file, results)
 
 
 if __name__ == "__main__":
