@@ -165,7 +165,7 @@ def check_levels(n_embd, levels, per_parent_budget=True):
     """Raise ValueError, with the numbers, unless R^n_embd has these levels, each with k open."""
     t = n_embd.bit_length() - 1 if isinstance(n_embd, int) else None
     if t not in PRIMITIVE_POLYNOMIALS or n_embd != 2**t:
-        raise ValueError(f"n_embd={n_embd}: a CayleySAE needs a power of two from 16 to 4096")
+        raise ValueError(f"n_embd={n_embd!r}: a CayleySAE needs a power of two from 16 to 4096")
     if not levels:
         raise ValueError("levels: there must be at least one")
     n_bits = len(all_label_bits(t))
@@ -526,7 +526,7 @@ def project(y: Tensor, ids: Tensor, t: int, n: int) -> Tensor:
         N, K = index.shape
         bags = torch.arange(N, device=y.device)
         # These products are embedding_bag's gradient for its weights, an operator without a public
-        # name. The public way, rows[index] @ y, copies (N, K, d): PROJECT_COST.
+        # name. The public way, rows[index] @ y, copies (N, K, d): 3.8x the time at d=1024 on a CPU.
         out[tokens] = torch.ops.aten._embedding_bag_per_sample_weights_backward(
             y[tokens], rows, index.flatten(), bags * K, bags.repeat_interleave(K), 0
         ).view_as(index)

@@ -1,4 +1,5 @@
-# 24 layers, d=2048, levels of 2,048, 32,768 and 131,072 features. 20B tokens of FineWeb-Edu, 8 GPUs.
+# 24 layers, d=2048, levels of 2,048, 32,768 and 131,072 features.
+# 20B tokens of FineWeb-Edu, 8 GPUs.
 # torchrun --nproc_per_node=8 train.py configs/cayley_large_3L.py
 out_dir = "out/cayley_large_3L"
 data_dir = "data/fineweb_edu"

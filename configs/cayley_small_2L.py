@@ -1,4 +1,5 @@
-# The reference: 12 layers, d=1024, levels of 1,024 and 32,768 features. 20B tokens of FineWeb-Edu, 8 GPUs.
+# The published recipe: 12 layers, d=1024, levels of 1,024 and 32,768 features.
+# 20B tokens of FineWeb-Edu, 8 GPUs.
 # torchrun --nproc_per_node=8 train.py configs/cayley_small_2L.py
 out_dir = "out/cayley_small_2L"
 data_dir = "data/fineweb_edu"

@@ -1,4 +1,4 @@
-# A small model on Python's own sources and documentation, bytes as tokens: minutes on a CPU. See `make demo`.
+# A small model on Python's own sources and documentation, bytes as tokens: minutes on a CPU.
 out_dir = "out/demo"
 data_dir = "data/python"
 eval_interval = 100

@@ -1,0 +1,201 @@
+"""cayley.py as a library: what a user's own model may do with the layer."""
+import warnings
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from cayley import CayleySAE, Edit, Level
+from model import GPT, GPTConfig
+
+LEVELS = "5,4,0;9,5,16"
+
+
+def small_sae():
+    torch.manual_seed(0)
+    return CayleySAE(32, LEVELS)
+
+
+def statistics(sae):
+    return {name: value.clone() for name, value in sae.state_dict().items() if name != "bias"}
+
+
+# -----------------------------------------------------------------------------
+# steering
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_codes_can_be_changed_in_place(grad):
+    """The README's snippet, with and without gradients."""
+    sae = small_sae().double()
+    x = torch.randn(2, 7, 32, dtype=torch.float64, requires_grad=grad)
+    codes = sae.encode(x)
+    plain = sae.decode(codes)
+    codes[1].values[..., 0] += 8
+    steered = sae.decode(codes)
+    first = codes[1].ids[..., 0]
+    atoms = sae.atoms(1, first.flatten()).view(2, 7, 32)
+    torch.testing.assert_close(steered - plain, 8 * atoms)
+    if grad:
+        (gradient,) = torch.autograd.grad(steered.sum(), x)
+        (expected,) = torch.autograd.grad(sae(x).sum(), x)
+        torch.testing.assert_close(gradient, expected)
+
+
+def test_an_edit_is_a_tuple_with_names():
+    sae = small_sae().eval()
+    x = torch.randn(2, 7, 32)
+    sae.edits = [Edit(level=1, feature=77, keep=1, add=8.0)]
+    named = sae(x)
+    sae.edits = [(1, 77, 1, 8.0)]
+    assert torch.equal(sae(x), named)
+
+
+def test_record_holds_every_forward_s_input_and_the_codes_that_were_handed_on():
+    sae = small_sae().eval()
+    sae.edits = [Edit(1, 77, 0, 5.0)]
+    sae.record = []
+    inputs = [torch.randn(3, 32), torch.randn(2, 5, 32)]
+    outputs = [sae(x) for x in inputs]
+    assert len(sae.record) == 2
+    for record, x, output in zip(sae.record, inputs, outputs):
+        assert torch.equal(record.x, x)
+        assert torch.equal(sae.decode(record.codes), output)
+    sae.record = None
+    sae(inputs[0])
+
+
+def test_recording_is_undone_at_its_end():
+    torch.manual_seed(0)
+    config = GPTConfig(8, 65, n_layer=2, n_head=2, n_embd=32, cayley_levels=LEVELS)
+    model = GPT(config).eval()
+    idx = torch.randint(65, (2, 8))
+    with pytest.raises(ValueError, match="do not fit"):
+        with model.recording():
+            model(torch.zeros(1, 9, dtype=torch.int64))
+    assert [sae.record for sae in model.saes()] == [None, None]
+    with model.recording() as records:
+        model(idx)
+        model(idx)
+    assert [len(layer) for layer in records] == [2, 2]
+    _, codes = model.run_with_codes(idx)
+    for layer, layer_codes in zip(records, codes):
+        for recorded, code in zip(layer[-1].codes, layer_codes):
+            assert torch.equal(recorded.values, code.values)
+
+
+# -----------------------------------------------------------------------------
+# statistics that nothing spoils
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_an_input_that_is_not_finite_is_left_out_and_said(bad):
+    sae = small_sae()
+    sae(torch.randn(50, 32))
+    sae.update_stats()
+    before = statistics(sae)
+    x = torch.randn(50, 32)
+    x[7, 3] = bad
+    sae(x)
+    with pytest.warns(UserWarning, match="not finite"):
+        sae.update_stats()
+    assert torch.equal(sae.mean, before["mean"]) and torch.equal(sae.var, before["var"])
+    assert sae.skipped_updates == 1
+    sae(torch.randn(50, 32))
+    sae.update_stats()
+    assert sae.mean.isfinite().all() and not torch.equal(sae.mean, before["mean"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_precision_model_keeps_its_statistics_in_float32(dtype):
+    sae = small_sae().to(dtype)
+    x = 100 * torch.randn(2, 600, 32).to(dtype)  # sums of squares far beyond float16
+    output = sae(x)
+    sae.update_stats()
+    assert output.dtype == dtype and output.isfinite().all()
+    assert sae.mean.dtype == sae.var.dtype == torch.float32
+    assert sae.var.isfinite().all() and (sae.var > 1).all()
+    assert sae.double().var.dtype == torch.float64
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_counts_once(reentrant):
+    x = torch.randn(3, 40, 32, requires_grad=True)
+    plain, recomputed = small_sae(), small_sae()
+    plain(x).sum().backward()
+    checkpoint(recomputed, x, use_reentrant=reentrant).sum().backward()
+    for sae in (plain, recomputed):
+        sae.update_stats()
+    expected = statistics(plain)
+    for name, value in statistics(recomputed).items():
+        torch.testing.assert_close(value, expected[name])
+    assert recomputed.active_counts.sum() == 3 * 40 * 9
+
+
+def test_a_forgotten_update_is_noticed_once():
+    sae = small_sae()
+    sae.forgotten_after = 5
+    x = torch.randn(4, 32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            for _ in range(4):
+                sae(x)
+            sae.update_stats()
+        sae.eval()
+        for _ in range(10):
+            sae(x)
+    sae.train()
+    with pytest.warns(UserWarning, match="without update_stats") as caught:
+        for _ in range(12):
+            sae(x)
+    assert len(caught) == 1
+
+
+# -----------------------------------------------------------------------------
+# devices and errors
+
+
+def test_shapes_on_a_device_that_is_neither_cpu_nor_cuda():
+    with torch.device("meta"):
+        sae = CayleySAE(1024, "10,16,0;15,32,256")
+        x = torch.randn(2, 7, 1024, requires_grad=True)
+    codes = sae.encode(x)
+    assert [code.ids.shape for code in codes] == [(2, 7, 16), (2, 7, 32)]
+    output = sae(x)
+    output.sum().backward()
+    assert output.shape == x.shape == x.grad.shape and output.device.type == "meta"
+
+
+@pytest.mark.parametrize("x, words", [
+    (torch.zeros(3, 31), ["(3, 31)", "n_embd=32"]),
+    (torch.zeros(32), ["(32,)", "(..., tokens, n_embd=32)"]),
+    (torch.zeros(3, 64), ["(3, 64)", "n_embd=32"]),
+])
+def test_a_wrong_input_is_one_sentence(x, words):
+    with pytest.raises(ValueError) as error:
+        small_sae()(x)
+    assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize("n_embd, levels, words", [
+    (64, None, ["levels=None", "'10,16,0;15,32,256'"]),
+    (64, 6, ["levels=6"]),
+    (64, [], ["at least one"]),
+    (64, "", ["''", "n,k,delta"]),
+    (64, [(6, 4)], ["(6, 4)", "n,k,delta"]),
+    (64, [(6, 4, None)], ["(6, 4, None)"]),
+    (64.0, "6,4,0", ["n_embd=64.0", "power of two"]),
+    ("64", "6,4,0", ["n_embd='64'", "power of two"]),
+    (-64, "6,4,0", ["n_embd=-64", "power of two"]),
+    (True, "6,4,0", ["n_embd=True", "power of two"]),
+])
+def test_a_wrong_argument_is_one_sentence(n_embd, levels, words):
+    with pytest.raises(ValueError) as error:
+        CayleySAE(n_embd, levels)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_levels_may_be_levels_or_triples():
+    for levels in ([Level(6, 4, 0), Level(9, 5, 16)], [(6, 4, 0), (9, 5, 16)]):
+        assert CayleySAE(64, levels).levels == CayleySAE(64, "6,4,0;9,5,16").levels
