@@ -1,34 +1,96 @@
 """export.py: other tools read the same model."""
 import json
+import os
+import resource
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import ENVIRONMENT, ROOT
 from safetensors.torch import load_file
 from safetensors.torch import load_model as load_safetensors
 
-from conftest import ROOT, run_script
-from export import sae_inputs, saelens_tensors
+import export
+from export import saelens_tensors
 from model import GPT, GPTConfig, load_model
+
+
+def run_export(trained, export_format, out_dir, *settings):
+    """export.py in this process."""
+    argv = ["export.py", f"--ckpt={trained}", f"--export_format={export_format}"]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("ckpt", "export_format", "out_dir", "data_dir"):
+            patch.setattr(export, name, getattr(export, name))  # restored afterwards
+        patch.setattr(sys, "argv", [*argv, f"--out_dir={out_dir}", *settings])
+        export.main()
 
 
 @pytest.fixture(scope="module")
 def exported(trained, tmp_path_factory):
     directory = tmp_path_factory.mktemp("exported")
-    for form in ("safetensors", "saelens"):
-        result = run_script(ROOT / "export.py", f"--ckpt={trained / 'ckpt.pt'}", f"--format={form}", f"--out={directory / form}")
-        assert result.returncode == 0, result.stderr
+    for export_format in ("safetensors", "saelens"):
+        run_export(trained, export_format, directory / export_format)
     return directory
 
+
+def sae_input(model, idx, layer):
+    """What a layer's CayleySAE reads, (B, T, d)."""
+    with model.recording() as records:
+        model(idx)
+    return records[layer][-1].x
+
+
+# -----------------------------------------------------------------------------
+# files
+
+def test_files_have_the_modes_of_the_umask(exported):
+    umask = os.umask(0)
+    os.umask(umask)
+    files = [path for path in exported.rglob("*") if path.is_file()]
+    assert len(files) == 2 + 2 * 4
+    for path in files:
+        assert path.stat().st_mode & 0o777 == 0o666 & ~umask, path
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(trained, tmp_path):
+    """A file-size limit stands for the full disk: the system refuses the write in both."""
+    result = subprocess.run(
+        [sys.executable, ROOT / "export.py", f"--ckpt={trained}", f"--out_dir={tmp_path / 'out'}"],
+        capture_output=True, text=True, env=ENVIRONMENT,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)),
+    )
+    lines = result.stderr.splitlines()
+    assert result.returncode == 1 and len(lines) == 1, result.stderr
+    assert "model.safetensors can't be written (File too large)" in lines[0]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("export_format", ["safetensors", "saelens"])
+def test_without_safetensors_it_says_what_to_install(trained, tmp_path, monkeypatch, export_format):
+    monkeypatch.setitem(sys.modules, "safetensors", None)  # importing it fails
+    monkeypatch.delitem(sys.modules, "safetensors.torch")
+    with pytest.raises(ValueError, match="pip install safetensors"):
+        run_export(trained, export_format, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+# -----------------------------------------------------------------------------
+# safetensors
 
 def test_safetensors_hold_the_same_model(trained, exported):
     config = json.loads((exported / "safetensors" / "config.json").read_text())
     model = GPT(GPTConfig(**config["model_args"])).eval()
     load_safetensors(model, exported / "safetensors" / "model.safetensors")
     idx = torch.arange(20).unsqueeze(0)
-    torch.testing.assert_close(model(idx)[0], load_model(trained / "ckpt.pt")[0](idx)[0], rtol=0, atol=0)
+    expected = load_model(trained / "ckpt.pt")[0](idx)[0]
+    torch.testing.assert_close(model(idx)[0], expected, rtol=0, atol=0)
     assert config["config"]["tokenizer"] == "bytes"
 
+
+# -----------------------------------------------------------------------------
+# SAELens
 
 def dense_codes(codes, size):
     return torch.zeros(*codes.ids.shape[:-1], size).scatter(-1, codes.ids, codes.values)
@@ -36,28 +98,32 @@ def dense_codes(codes, size):
 
 @torch.no_grad()
 def test_weights_give_the_scores(trained, exported):
-    """Independent of SAELens: x W_enc + b_enc is the code of every active feature, and codes times W_dec what the MLP reads."""
+    """Without SAELens: x W_enc + b_enc has the active features' codes, and they give W_dec."""
     model, _ = load_model(trained / "ckpt.pt")
-    x = sae_inputs(model, torch.arange(32).unsqueeze(0))[1]
+    x = sae_input(model, torch.arange(32).unsqueeze(0), 1)
     sae, total = model.blocks[1].sae, 0
+    metadata = []
     for level, codes in enumerate(sae.encode(x)):
-        weights = load_file(exported / "saelens" / f"layer_1_level_{level}" / "sae_weights.safetensors")
+        directory = exported / "saelens" / f"layer_1_level_{level}"
+        weights = load_file(directory / "sae_weights.safetensors")
         scores = x @ weights["W_enc"] + weights["b_enc"]
         torch.testing.assert_close(scores.gather(-1, codes.ids), codes.values, rtol=1e-4, atol=1e-4)
         total = total + dense_codes(codes, scores.shape[-1]) @ weights["W_dec"]
+        metadata.append(json.loads((directory / "cfg.json").read_text())["metadata"])
     torch.testing.assert_close(total, sae(x), rtol=1e-4, atol=1e-4)
-    metadata = [json.loads((exported / "saelens" / f"layer_1_level_{level}" / "cfg.json").read_text())["metadata"] for level in (0, 1)]
     assert metadata[0]["gate"] == "none" and metadata[1]["gate"].startswith("not expressed")
     assert 0.05 < metadata[1]["active_features_in_common"] < 1
 
 
 @torch.no_grad()
 def test_saelens_loads_and_encodes_alike(trained, exported):
-    SAE = pytest.importorskip("sae_lens", reason="sae-lens is not here: pip install sae-lens").SAE
+    reason = "sae-lens is not here: pip install sae-lens"
+    SAE = pytest.importorskip("sae_lens", reason=reason).SAE
     model, _ = load_model(trained / "ckpt.pt")
-    x = sae_inputs(model, torch.arange(32).unsqueeze(0))[0]
+    x = sae_input(model, torch.arange(32).unsqueeze(0), 0)
     codes = model.blocks[0].sae.encode(x)
-    loaded = [SAE.load_from_disk(str(exported / "saelens" / f"layer_0_level_{level}")) for level in (0, 1)]
+    loaded = [SAE.load_from_disk(str(exported / "saelens" / f"layer_0_level_{level}"))
+              for level in (0, 1)]
     expected = dense_codes(codes[0], 32).relu()
     torch.testing.assert_close(loaded[0].encode(x), expected, rtol=1e-4, atol=1e-4)
     read = expected @ model.blocks[0].sae.atoms(0, range(32))
@@ -65,14 +131,20 @@ def test_saelens_loads_and_encodes_alike(trained, exported):
     theirs, ours = loaded[1].encode(x), dense_codes(codes[1], 256).relu()
     both = (theirs > 0) & (ours > 0)
     torch.testing.assert_close(theirs[both], ours[both], rtol=1e-4, atol=1e-4)
-    assert both.any() and (theirs.sum(-1) >= ours.sum(-1) - 1e-3).all(), "without the gate the k largest can only be larger"
+    assert both.any()
+    larger = theirs.sum(-1) >= ours.sum(-1) - 1e-3
+    assert larger.all(), "without the gate the k largest can only be larger"
     assert loaded[0].cfg.k == 4 and loaded[0].cfg.metadata.hook_name == "blocks.0.ln_2"
 
 
 def test_weights_without_standardisation():
     torch.manual_seed(0)
-    sae = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=2, n_embd=32, cayley_levels="5,4,0",
-                        score_standardize=False, forward_standardized=False)).blocks[0].sae.eval()
+    sae = GPT(GPTConfig(
+        block_size=8, vocab_size=64, n_layer=1, n_head=2, n_embd=32, cayley_levels="5,4,0",
+        score_standardize=False, forward_standardized=False,
+    )).blocks[0].sae.eval()
     sae.mean.normal_()  # is not used
     weights, x = saelens_tensors(sae, 0), torch.randn(5, 32)
-    np.testing.assert_allclose((x @ weights["W_enc"]).gather(1, sae.encode(x)[0].ids), sae.encode(x)[0].values.detach(), atol=1e-5)
+    codes = sae.encode(x)[0]
+    scores = (x @ weights["W_enc"]).gather(1, codes.ids)
+    np.testing.assert_allclose(scores, codes.values.detach(), atol=1e-5)
