@@ -3,6 +3,7 @@ prepare_fineweb.py and data.py: what the bins hold, and how training reads them.
 
     python tests/test_data.py --kills=30      # by hand: preparations of FineWeb-Edu, killed
 """
+import collections
 import http.server
 import json
 import os
@@ -558,38 +559,39 @@ def killed_preparations(directory, kills, seconds, n_rows, seed=0):
     """
     Preparations of FineWeb-Edu over 5 files, killed until there were so many kills.
 
-    seconds: least and most from start to kill. Every one that comes to its end must have the bytes
-    of an uninterrupted one. -> kills by the number of shards that were there.
+    seconds: least and most from start to kill. Each preparation is then finished, and must have the
+    bytes of an uninterrupted one. -> at each kill the file in which meta.json's place was (none
+    before the first shard); the number of preparations.
     """
     write_sample(directory / "hub", 5, n_rows, n_rows // 20)
     hub = Hub(directory / "hub")
     options = {"env": {**os.environ, **hub.environment(directory / "home")}}
     settings = dict(source="fineweb-edu", val_tokens=10_000, shard_tokens=30 * n_rows)
-    assert subprocess.run(prepare_command(directory / "whole", **settings), **options,
-                          capture_output=True).returncode == 0
+    assert run_and_kill(prepare_command(directory / "whole", **settings), 600, **options) == 0
     whole = contents(directory / "whole")
     rng = random.Random(seed)
-    shards_at_kill = []
-    finished = 0
-    while len(shards_at_kill) < kills or finished == 0:
-        out = directory / f"killed{finished}"
-        command = prepare_command(out, **settings)
-        seconds_now = rng.uniform(*seconds) if len(shards_at_kill) < kills else 600
-        status = run_and_kill(command, seconds_now, **options)
-        if status is None:
-            has_meta = (out / "meta.json").exists()
-            shards_at_kill.append(len(read_meta(out)["shards"]) if has_meta else 0)
-            continue
-        assert status == 0 and contents(out) == whole
-        finished += 1
+    files_at_kill = []
+    n_finished = 0
+    finished = False
+    while len(files_at_kill) < kills or not finished:
+        out = directory / f"killed{n_finished}"
+        limit = rng.uniform(*seconds) if len(files_at_kill) < kills else 600
+        status = run_and_kill(prepare_command(out, **settings), limit, **options)
+        finished = status is not None
+        if finished:
+            assert status == 0 and contents(out) == whole
+            n_finished += 1
+        else:
+            shards = read_meta(out)["shards"] if (out / "meta.json").exists() else []
+            files_at_kill.append(shards[-1]["cursor"]["file"] if shards else "none")
     hub.shutdown()
     hub.server_close()
-    return shards_at_kill, len(read_meta(directory / "whole")["shards"]), finished
+    return files_at_kill, n_finished
 
 
 def test_fineweb_edu_killed_and_started_again(tmp_path):
-    shards_at_kill, n_shards, finished = killed_preparations(tmp_path, 4, (0.6, 1.2), 4000)
-    assert len(shards_at_kill) == 4 and finished
+    files_at_kill, n_finished = killed_preparations(tmp_path, 4, (0.6, 1.2), n_rows=4000)
+    assert len(files_at_kill) == 4 and n_finished
 
 
 @pytest.fixture
@@ -842,7 +844,9 @@ def test_a_runs_relative_data_dir_from_another_directory(prepared, tmp_path, mon
 if __name__ == "__main__":
     n_kills = int(sys.argv[1].removeprefix("--kills="))
     with tempfile.TemporaryDirectory() as temporary:
-        campaign = killed_preparations(Path(temporary), n_kills, (0.5, 4), n_rows=40_000)
-    at_kill, n_shards, n_finished = campaign
-    print(f"{len(at_kill)} kills, {n_finished} preparations came to their end, each with the bytes "
-          f"of an uninterrupted one; shards of {n_shards} that were there at a kill: {at_kill}")
+        campaign = killed_preparations(Path(temporary), n_kills, (0.5, 2), n_rows=40_000)
+    at_kill, n_preparations = campaign
+    print(f"{len(at_kill)} kills of {n_preparations} preparations; each came to its end, with the "
+          "bytes of an uninterrupted one. Kills by the file in which meta.json's place was:")
+    for file, count in sorted(collections.Counter(at_kill).items()):
+        print(f"    {file}: {count}")
