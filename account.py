@@ -1,0 +1,268 @@
+"""
+A training step on paper: parameters, FLOPs and one rank's memory, from a model's configuration.
+
+    python account.py                    # the recipes of configs/: memory, what fits a card
+    python account.py --world_size=1 --csv_file=account.csv
+
+Pure functions of a GPTConfig; train.py --dry_run and bench.py print what they say.
+
+Shapes: N = tokens of a micro-batch, d = n_embd, V = vocab_size, H = n_head, F = features and K =
+active features of a layer.
+"""
+import csv
+import io
+import os
+import runpy
+from dataclasses import fields
+
+from cayley import CHUNK_BYTES, TABLE_BYTES, parse_levels
+from configurator import configure, run_main
+from data import write_text
+from model import GPTConfig
+
+# settings, see configurator.py
+world_size = 8  # ranks that share Muon's state
+csv_file = ""  # for the table, in bytes
+
+RECIPES = (
+    "cayley_small_2L",
+    "cayley_small_3L",
+    "vanilla_small",
+    "cayley_large_2L",
+    "cayley_large_3L",
+    "vanilla_large",
+)
+CARDS = (80, 40, 24)  # GB
+USABLE = 0.9  # of a card: the rest is for CUDA, NCCL and fragmentation
+
+# -----------------------------------------------------------------------------
+# parameters and FLOPs
+
+
+def layer_levels(config):
+    """The Levels of a layer; none in the dense twin."""
+    return parse_levels(config.cayley_levels) if config.cayley_levels else []
+
+
+def n_features(config):
+    return sum(2**level.n for level in layer_levels(config))
+
+
+def muon_parameters(config):
+    """Of the matrices of the blocks: 4 of d x d, and 4d x d and d x 4d."""
+    return 12 * config.n_layer * config.n_embd**2
+
+
+def adamw_parameters(config):
+    """Of embeddings (the output's are the same), positions, norms and SAE biases."""
+    d, n_layer = config.n_embd, config.n_layer
+    embeddings = (config.vocab_size + config.block_size) * d
+    norms = (2 * n_layer + 1) * d
+    return embeddings + norms + n_layer * n_features(config)
+
+
+def flops_per_token(config):
+    """
+    Of the dense twin's forward and backward, the convention of MFU.
+
+    6 a parameter without positions and SAE biases, and 12 n_layer d T of attention.
+    """
+    positions = config.block_size * config.n_embd
+    counted = muon_parameters(config) + adamw_parameters(config) - positions
+    counted -= config.n_layer * n_features(config)
+    return 6 * counted + 12 * config.n_layer * config.n_embd * config.block_size
+
+
+# -----------------------------------------------------------------------------
+# memory
+
+
+def activation_bytes(config, n_tokens, bf16=True, fused_norm=True):
+    """
+    What the forward saves for the backward, without weights and without the loss.
+
+    bf16: under autocast. fused_norm: on CUDA; elsewhere RMSNorm saves what it has normalised, too.
+    Attention is flash attention. The order below is that of the forward.
+    """
+    d = config.n_embd
+    a = 2 if bf16 else 4  # bytes of an activation; the residual stream is fp32
+    norm = 4 * d + 4  # its input and the inverse root mean square
+    if not fused_norm:
+        norm += 4 * d
+    layer = norm
+    layer += a * d  # input of c_attn
+    layer += a * 3 * d  # q, k, v
+    layer += a * d + 4 * config.n_head  # attention's output, input of c_proj; its logsumexp
+    layer += norm
+    layer += sae_activation_bytes(config)
+    layer += a * d  # input of c_fc
+    layer += a * 4 * d  # input of GELU
+    layer += a * 4 * d  # input of c_proj
+    head = norm + a * d  # input of lm_head
+    idx = 8
+    return n_tokens * (config.n_layer * layer + head + idx)
+
+
+def sae_activation_bytes(config):
+    """Of a CayleySAE, a token: ids for select, for combine and for the bias; the codes' scales."""
+    active = sum(level.k for level in layer_levels(config))
+    scales = 4 if config.forward_standardized else 0
+    return active * (3 * 8 + scales)
+
+
+def loss_bytes(config, n_tokens, bf16=True, compiled=False):
+    """
+    Of the loss at the start of the backward.
+
+    Eager: log-probabilities and two gradients of their size, all in fp32, of which the forward has
+    saved the first. Compiled: logits, which the forward has saved, and their gradient.
+    """
+    n_logits = n_tokens * config.vocab_size
+    if compiled:
+        return 2 * (2 if bf16 else 4) * n_logits
+    return 3 * 4 * n_logits
+
+
+def temporary_bytes(config, n_tokens, bf16=True):
+    """
+    Most that a block holds for a moment.
+
+    In an MLP's backward the gradients of GELU's output and input; in a CayleySAE's forward the
+    scores of a chunk of tokens, twice: before and after a transform.
+    """
+    mlp = (2 if bf16 else 4) * 2 * 4 * config.n_embd * n_tokens
+    slots = 1
+    token_bytes = 0
+    levels = layer_levels(config)
+    for i, level in enumerate(levels):
+        gated = config.per_parent_budget and i > 0
+        scored = level.delta if gated else 2**level.n
+        if not gated:
+            slots = 1
+        token_bytes = max(token_bytes, 4 * slots * (config.n_embd + 2 * scored))
+        slots = level.k
+    chunk = min(n_tokens * token_bytes, max(CHUNK_BYTES["cuda"], token_bytes))
+    return max(mlp, 2 * chunk)
+
+
+def sae_state_bytes(config, bf16=True):
+    """Of the CayleySAEs: statistics and sums of every layer, and the table of atoms they share."""
+    levels = layer_levels(config)
+    if not levels:
+        return 0
+    d = config.n_embd
+    buffers = (4 + 4 + 8 + 8) * n_features(config)  # mean, var and two counts of activations
+    sums = 4 * (d * d + d)
+    table = (2 if bf16 else 4) * d * 2 ** levels[-1].n
+    if table > TABLE_BYTES:
+        table = 0  # its rows are made when needed
+    return config.n_layer * (buffers + sums) + table
+
+
+def muon_state_bytes(config, world_size):
+    """Of the largest share of a rank: momentum of whole matrices, shape by shape."""
+    d, n_layer = config.n_embd, config.n_layer
+    total = 0
+    for count, size in ((4 * n_layer, d * d), (n_layer, 4 * d * d), (n_layer, 4 * d * d)):
+        share = -(-count // world_size)
+        total += 4 * share * size
+    return total
+
+
+def memory_account(
+    config, batch_size, world_size=1, bf16=True, compiled=False, fused_norm=True
+):
+    """
+    One rank's memory at the peak of a training step -> {part: bytes}, "peak" the last.
+
+    config: a GPTConfig; batch_size: sequences of block_size in the rank's micro-batch; compiled: by
+    torch.compile, which fuses the loss and saves the same activations; fused_norm: see
+    activation_bytes. The peak is where the backward begins: all activations are there, and the
+    loss's gradients. Later, when a block runs backward, its temporaries stand where those were. Not
+    in it: what CUDA and its libraries hold, and fragmentation.
+    """
+    n_tokens = batch_size * config.block_size
+    n_parameters = muon_parameters(config) + adamw_parameters(config)
+    account = {
+        "weights": 4 * n_parameters,
+        "gradients": 4 * n_parameters,
+        "Muon's share": muon_state_bytes(config, world_size),
+        "AdamW": 8 * adamw_parameters(config),
+        "SAE statistics and atoms": sae_state_bytes(config, bf16),
+        "weights in bf16": 0,
+        "activations": activation_bytes(config, n_tokens, bf16, fused_norm),
+        "loss": loss_bytes(config, n_tokens, bf16, compiled),
+        "temporaries": temporary_bytes(config, n_tokens, bf16),
+    }
+    if bf16:  # autocast keeps them until the backward has used them
+        matrices = muon_parameters(config) + config.vocab_size * config.n_embd
+        account["weights in bf16"] = 2 * matrices
+    held = sum(account.values()) - account["loss"] - account["temporaries"]
+    account["peak"] = held + max(account["loss"], account["temporaries"])
+    return account
+
+
+def largest_batch(config, card_bytes, world_size=1, compiled=False):
+    """The largest batch_size with a peak of at most USABLE of a card in bf16; 0 if none has."""
+    batch_size = 0
+    peak = 0
+    while peak <= USABLE * card_bytes:
+        batch_size += 1
+        peak = memory_account(config, batch_size, world_size, compiled=compiled)["peak"]
+    return batch_size - 1
+
+
+# -----------------------------------------------------------------------------
+
+
+def read_recipe(path):
+    """A config file -> its GPTConfig and batch_size."""
+    values = runpy.run_path(path)
+    arguments = {f.name: values[f.name] for f in fields(GPTConfig) if f.name in values}
+    return GPTConfig(**arguments), values["batch_size"]
+
+
+def recipe_rows():
+    """{recipe: {quantity: value}}, in bytes where it is memory."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    paths = [os.path.join(here, "configs", f"{name}.py") for name in RECIPES]
+    rows = {}
+    for name, path in zip(RECIPES, paths):
+        config, batch_size = read_recipe(path)
+        row = {"micro-batch": batch_size}
+        row |= memory_account(config, batch_size, world_size)
+        compiled = memory_account(config, batch_size, world_size, compiled=True)
+        row["peak, compiled"] = compiled["peak"]
+        for card in CARDS:
+            row[f"fits {card} GB"] = largest_batch(config, card * 1e9, world_size)
+            row[f"fits {card} GB, compiled"] = largest_batch(
+                config, card * 1e9, world_size, compiled=True
+            )
+        rows[name] = row
+    return rows
+
+
+def main():
+    configure(globals())
+    if world_size < 1:
+        raise ValueError(f"world_size={world_size}: must be at least 1")
+    rows = recipe_rows()
+    print(f"one rank of {world_size}, bf16: GB at the peak of a step, eager unless said, and the "
+          "largest micro-batch that fits a card\n")
+    print("| | " + " | ".join(rows) + " |")
+    print("|---" * (len(rows) + 1) + "|")
+    for quantity, first in rows[RECIPES[0]].items():
+        values = [row[quantity] for row in rows.values()]
+        if first > 1e6:
+            values = [f"{value / 1e9:.2f}" for value in values]
+        print(f"| {quantity} | " + " | ".join(map(str, values)) + " |")
+    if csv_file:
+        table = io.StringIO(newline="")
+        writer = csv.writer(table)
+        writer.writerow(["recipe", *rows[RECIPES[0]]])
+        writer.writerows([name, *row.values()] for name, row in rows.items())
+        write_text(csv_file, table.getvalue())
+
+
+if __name__ == "__main__":
+    run_main(main)
