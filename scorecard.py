@@ -1,0 +1,1788 @@
+"""
+Are a Cayley GPT's features better to read than those of an SAE fitted to its dense twin afterwards?
+
+    python scorecard.py --ckpt=cayley.pt --dense=dense.pt --seeds=3
+    python scorecard.py --ckpt=c0.pt,c1.pt,c2.pt --dense=d0.pt,d1.pt,d2.pt     # 3 training seeds
+    python scorecard.py --ckpt=cayley.pt --dense=dense.pt --layers=2,3 --labels=mine.npz
+
+--ckpt and --dense take as many checkpoints as there are training seeds, with commas between them
+and in the same order; --seeds is the number of post-hoc SAEs fitted to each. Prints the tables and
+writes scorecard.json and scorecard.svg to out_dir. Stopped and started again it goes on: finished
+SAEs and rows are in out_dir/parts, by what they depend on.
+
+Data: fitting (SAEs, features, thresholds, probes, gradients) sees the train split alone, and every
+score is of the val split's documents. Intervals are 95%, from 1,000 resamples of those documents;
++- after a score is the standard deviation over training seeds.
+
+Site: the input of a layer's MLP after the second norm, where the CayleySAE is; post-hoc SAEs are
+fitted to that place of the dense twin, with Cayley's number of features and of active features.
+
+Rows: a feature's score at a token is its code as the MLP gets it, with its sign, and 0 where it is
+not active. "untrained code": a CayleySAE with the statistics of the dense twin's inputs and biases
+of 0. "random dictionary": the same layer with random atoms. "random model": Cayley's architecture
+with fresh weights, its statistics those of the data. "current token": the share of a token's
+occurrences that have the label, which needs no model.
+
+Sparse probing, after SAEBench's sparse_probing and sae-probes, at tokens.
+- one feature: predicted where it is active and its code is at least (or at most) a threshold.
+  Feature, side and threshold have the best F1 on the training documents, over all features. Of
+  dense rows, all active everywhere, the 8 of largest standardised mean difference are tried.
+- five: those of the largest |mean code with the label - mean code without|, and a logistic probe
+  with an L2 penalty (scikit-learn's LogisticRegression(C=1)) at the threshold of the best F1.
+- means over labels of F1, balanced accuracy and AUC (of the code's value, ties counting half).
+
+Causal. A label's probability is the sum over next tokens of the model's probability times the share
+of that token's occurrences that have the label. Steering adds a multiple of the best feature's
+atom to the MLP's input at all tokens, so much that KL(before || after) is 0.1 nats a token; share
+is the change of the label's probability, over what the gradient of that probability, a direction
+found on training documents, achieves at the same KL. Ablation takes a feature's contribution
+away; specificity is mean |change| where the next token has the label over the sum of that and of
+the mean |change| elsewhere: one half is no specificity.
+
+Absorption (GPT-2 BPE only): see absorption().
+
+Codes, an appendix: entropy in bits of tokens, and mean entropy of labels, in the 16 contexts of
+largest code on the val split, by feature and weighted by use; dead and rare (below one in 10,000
+tokens) features there; explained as in evals.py.
+
+--labels: an .npz with names (L,) and train and val, int8 (n, L), of the first n tokens of each
+split in order: 1, 0, or -1 where nobody knows. Without it those of labels.py.
+"""
+import contextlib
+import functools
+import hashlib
+import json
+import math
+import os
+from dataclasses import dataclass
+from html import escape
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from cayley import CayleySAE, Codes, plain_encode
+from configurator import configure, run_main
+from data import atomic, get_tokenizer, lock, run_windows, write_json, write_text
+from evals import covariances, explained, mean_and_error
+from labels import UNKNOWN, english_words, label_stream, token_texts
+from model import GPT, build_model, load_checkpoint, pick_device
+
+# settings, see configurator.py
+ckpt = "out/ckpt.pt"  # of Cayley models, a training seed each, commas between
+dense = ""  # of their dense twins
+data_dir = ""  # "": that of the runs
+out_dir = "out/scorecard"
+layers = ""  # to read, as "1,2"; "": the middle one
+seeds = 1  # post-hoc SAEs of each kind and model
+labels = ""  # an .npz; "": those of labels.py
+sae_tokens = 1_400_000  # that a post-hoc SAE is fitted to
+sae_lr = 2e-3  # of its Adam, at the peak
+label_tokens = 2_000_000  # of the train split, that are labelled; windows are drawn from them
+fit_tokens = 131_072  # for features, thresholds and probes
+score_tokens = 200_000  # of the val split
+causal_tokens = 4096  # for steering and ablation
+n_windows = 256  # of the val split, for losses
+batch_size = 16  # windows in a forward pass
+device = "auto"
+
+SAE_BATCH = 2048  # tokens in a step of a post-hoc SAE
+STEER_KL = 0.1  # nats a token
+BINS = 256  # of scores, for AUC
+TOP_CONTEXTS = 16
+RARE = 1e-4  # activations per token
+RESAMPLES = 1000
+FEWEST = 30  # tokens with a label on either side, for it to count
+REFERENCE = "TopK SAE on dense"  # that differences are to
+NOT_KEYS = ("ckpt", "dense", "out_dir", "layers", "seeds", "device", "batch_size")
+
+# -----------------------------------------------------------------------------
+# finished parts on the disk
+
+
+class Parts:
+    """Results by name in a directory, computed once for each key: a dict of what they depend on."""
+
+    def __init__(self, directory, key):
+        text = json.dumps(key, sort_keys=True)
+        self.directory = os.path.join(directory, hashlib.sha256(text.encode()).hexdigest()[:16])
+        os.makedirs(self.directory, exist_ok=True)
+        write_text(os.path.join(self.directory, "key.json"), text)
+
+    def get(self, name, compute):
+        """What compute() returns, tensors and plain values, or did before."""
+        safe = "".join(c if c.isalnum() else "_" for c in name)
+        path = os.path.join(self.directory, f"{safe}.pt")
+        if not os.path.exists(path):
+            value = compute()
+            with atomic(path, "wb") as file:
+                torch.save(value, file)
+        return torch.load(path, weights_only=True)
+
+
+def file_digest(path):
+    """sha256 of a file, or of a directory's ckpt.pt."""
+    if os.path.isdir(path):
+        path = os.path.join(path, "ckpt.pt")
+    if not os.path.exists(path):
+        raise ValueError(f"{path}: no such file")
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# -----------------------------------------------------------------------------
+# labelled tokens
+
+
+class Labelled(NamedTuple):
+    """Windows of T + 1 tokens with their labels; T of them are read, the last one is a target."""
+
+    windows: np.ndarray  # (M, T + 1) int64
+    labels: np.ndarray  # (M, T + 1, L) bool
+    documents: np.ndarray  # (M, T + 1) number of the document
+
+    def read(self):
+        """Of the tokens that are read, one after the other: labels (N, L), documents (N,)."""
+        n_labels = self.labels.shape[-1]
+        return self.labels[:, :-1].reshape(-1, n_labels), self.documents[:, :-1].ravel()
+
+
+def read_stream(windows, n_tokens):
+    """The first n_tokens or so of a split's first shard, whole windows and one more token (n,)."""
+    n = int(min(windows.ends[0], max(1, n_tokens // windows.block_size)))
+    rows = windows.read(range(n))  # each starts with the last token of the one before
+    return np.append(rows[:, :-1].ravel(), rows[-1, -1])
+
+
+def user_labels(path, split, n_tokens):
+    """names and labels (n, L) of a split in an .npz. Raises ValueError saying what is wrong."""
+    try:
+        with np.load(path) as file:
+            names = [str(name) for name in file["names"]]
+            values = file[split]
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(f"{path}: labels need the arrays names, train and val ({error})") from None
+    if values.ndim != 2 or values.shape[1] != len(names) or not len(values):
+        raise ValueError(f"{path}: {split} is {values.shape}, it must be (tokens, {len(names)})")
+    return names, values[:n_tokens].astype(np.int8)
+
+
+def labelled(split_windows, split, encoding, n_stream, n_tokens, rng):
+    """
+    Label a split's first n_stream tokens and draw windows of about n_tokens in all.
+
+    Only windows whose every token has known labels. Returns names and Labelled.
+    """
+    ids = read_stream(split_windows, n_stream)
+    if labels:
+        names, values = user_labels(labels, split, len(ids))
+        ids = ids[:len(values)]
+    else:
+        names, values = label_stream(ids, encoding)
+    T = split_windows.block_size
+    documents = np.cumsum(ids == encoding.eot_token)
+    starts = np.arange(0, len(ids) - T, T)
+    known = [(values[start:start + T + 1] != UNKNOWN).all() for start in starts]
+    starts = starts[np.array(known, dtype=bool)]
+    if len(starts) < 2:
+        raise ValueError(f"fewer than 2 windows of the {split} split have labels for all of their "
+                         f"{T + 1} tokens: give more data or other --labels")
+    starts = rng.permutation(starts)[:max(2, n_tokens // T)]
+    where = starts[:, None] + np.arange(T + 1)  # (M, T + 1)
+    return names, Labelled(ids[where], values[where] == 1, documents[where])
+
+
+def usable_labels(names, fit, score):
+    """Keep the labels that enough tokens of both sides have. Raises ValueError if there is none."""
+    kept = np.ones(len(names), dtype=bool)
+    for side in (fit, score):
+        count = side.read()[0].sum(0)
+        n = side.labels[:, :-1, 0].size
+        kept &= (count >= FEWEST) & (n - count >= FEWEST)
+    if not kept.any():
+        raise ValueError(f"no label has {FEWEST} tokens with it and without it in both splits")
+    names = [name for name, keep in zip(names, kept) if keep]
+    fit = fit._replace(labels=fit.labels[..., kept])
+    return names, fit, score._replace(labels=score.labels[..., kept])
+
+
+# -----------------------------------------------------------------------------
+# models: what an MLP reads, and what comes of reading something else
+
+
+class Site(NamedTuple):
+    """What a forward had at one layer: (B, T, d) each."""
+
+    residual: Any  # before the second norm
+    x: Any  # after it
+    mlp_input: Any  # what the MLP read: x, or the code of x
+
+
+@contextlib.contextmanager
+def watching(model, layer):
+    """Yields a list to which every forward inside the block appends its Site."""
+    seen = []
+    block = model.blocks[layer]
+
+    def see(module, inputs, output):
+        seen.append((inputs[0], output))
+
+    def see_mlp(module, inputs, output):
+        seen[-1] = Site(*seen[-1], inputs[0])
+
+    hooks = [block.ln_2.register_forward_hook(see), block.mlp.register_forward_hook(see_mlp)]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextlib.contextmanager
+def spliced(model, modules):
+    """The model with other modules between norm and MLP: {layer: module of x}."""
+    before = {layer: model.blocks[layer].sae for layer in modules}
+    for layer, module in modules.items():
+        model.blocks[layer].sae = module
+    try:
+        yield model
+    finally:
+        for layer, module in before.items():
+            model.blocks[layer].sae = module
+
+
+def batches(windows, label, size=0):
+    """Yield windows (M, T), numpy, as tensors of some rows; a bar on a terminal."""
+    size = size or batch_size
+    for first in tqdm(range(0, len(windows), size), desc=label, leave=False, disable=None):
+        yield torch.from_numpy(windows[first:first + size])
+
+
+def on_device(model):
+    return model.wte.weight.device
+
+
+@torch.no_grad()
+def mlp_inputs(model, windows, at_layers, label="reading"):
+    """{layer: x (N, d) on the CPU} of windows (M, T)."""
+    inputs = {layer: [] for layer in at_layers}
+    for idx in batches(windows, label):
+        with contextlib.ExitStack() as stack:
+            seen = {layer: stack.enter_context(watching(model, layer)) for layer in at_layers}
+            model(idx.to(on_device(model)))
+            for layer, (site,) in seen.items():
+                inputs[layer].append(site.x.flatten(0, 1).cpu())
+    return {layer: torch.cat(x) for layer, x in inputs.items()}
+
+
+@torch.no_grad()
+def site_of(model, layer, windows):
+    """The Site and all logits (B, T, V) of windows (B, T)."""
+    with watching(model, layer) as seen:
+        logits, _ = model(torch.from_numpy(windows).to(on_device(model)), n_logits=0)
+    return seen[0], logits.float()
+
+
+def logits_after(model, layer, residual, mlp_input):
+    """Logits (B, T, V) when a layer's MLP reads mlp_input (B, T, d) beside residual."""
+    x = residual + model.blocks[layer].mlp(mlp_input)
+    for block in model.blocks[layer + 1:]:
+        x = block(x)
+    return model.lm_head(model.ln_f(x)).float()
+
+
+def kl_divergence(logits, other):
+    """KL(softmax(logits) || softmax(other)) in nats: (..., V) -> (...)."""
+    log_p = logits.log_softmax(-1)
+    return (log_p.exp() * (log_p - other.log_softmax(-1))).sum(-1)
+
+
+def settle(model_or_sae, saes, forward):
+    """Give saes the statistics of a forward's inputs exactly: forward() of model_or_sae."""
+    model_or_sae.train()
+    for _ in saes:  # a layer's inputs settle after those before it
+        with torch.no_grad():
+            forward()
+        for sae in saes:
+            sae.stats_momentum = 1.0
+            sae.update_stats()
+    model_or_sae.eval()
+
+
+# -----------------------------------------------------------------------------
+# post-hoc SAEs
+
+
+class TopKSAE(nn.Module):
+    """
+    A TopK SAE, and with more than one prefix a Matryoshka TopK SAE.
+
+    Gao et al., "Scaling and evaluating sparse autoencoders", 2024: relu of the k largest
+    pre-activations, decoder rows of norm 1, AuxK for dead features. Bussmann et al., "Learning
+    Multi-Level Features with Matryoshka Sparse Autoencoders", 2025: the features' prefixes
+    reconstruct as well. Inputs are scaled to a mean square of 1 and centred by b_dec.
+    """
+
+    def __init__(self, d, n_features, k, prefixes=()):
+        super().__init__()
+        self.k = min(k, n_features)
+        self.prefixes = (*prefixes, n_features)
+        rows = F.normalize(torch.randn(n_features, d), dim=1)
+        self.W_enc = nn.Parameter(rows.clone())
+        self.W_dec = nn.Parameter(rows)
+        self.b_enc = nn.Parameter(torch.zeros(n_features))
+        self.b_dec = nn.Parameter(torch.zeros(d))
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("idle", torch.zeros(n_features))  # tokens since it was active
+
+    def pre_activations(self, x):
+        """x (N, d), scaled -> (N, n_features)."""
+        return F.linear(x - self.b_dec, self.W_enc, self.b_enc)
+
+    def encode(self, x):
+        """x (..., d) -> Codes (..., k), none negative."""
+        values, ids = self.pre_activations(x / self.scale).topk(self.k)
+        return Codes(ids, values.relu())
+
+    def decode(self, codes):
+        """Codes (..., k) -> x (..., d)."""
+        ids, values = codes
+        flat = bag(ids.flatten(0, -2), values.flatten(0, -2), self.W_dec)
+        return (flat.view(*ids.shape[:-1], -1) + self.b_dec) * self.scale
+
+    def forward(self, x):
+        return self.decode(self.encode(x))
+
+    def atoms(self):
+        """What a code of 1 adds to x, (n_features, d)."""
+        return self.W_dec.detach() * self.scale
+
+
+def bag(ids, values, rows):
+    """The sum of values * rows[ids]: ids, values (N, k) -> (N, d)."""
+    return F.embedding_bag(ids, rows, per_sample_weights=values.to(rows.dtype), mode="sum")
+
+
+def sae_loss(sae, x, dead_after):
+    """
+    Mean normalised square error over the prefixes, and AuxK's with weight 1/32: x (N, d), scaled.
+
+    AuxK: the error as reconstructed by the d/2 largest pre-activations of features that were idle
+    for dead_after tokens.
+    """
+    pre = sae.pre_activations(x)
+    values, ids = pre.topk(sae.k, sorted=False)
+    values = values.relu()
+    variance = (x - x.mean(0)).square().sum().clamp_min(1e-9)
+    loss = 0.0
+    for prefix in sae.prefixes:  # the last one is everything
+        x_hat = bag(ids, values * (ids < prefix), sae.W_dec) + sae.b_dec
+        loss = loss + (x - x_hat).square().sum() / variance / len(sae.prefixes)
+    with torch.no_grad():
+        sae.idle += len(x)
+        sae.idle[ids[values > 0]] = 0
+    dead = sae.idle >= dead_after
+    k_aux = min(x.shape[1] // 2, int(dead.sum()))
+    if k_aux:
+        error = (x - x_hat).detach()
+        aux, aux_ids = pre.masked_fill(~dead, -math.inf).topk(k_aux, sorted=False)
+        error_hat = bag(aux_ids, aux.relu(), sae.W_dec)
+        scale = error.square().sum().clamp_min(1e-9)
+        loss = loss + (error - error_hat).square().sum() / scale / 32
+    return loss
+
+
+def fit_saes(saes, inputs, n_steps, lr):
+    """
+    Fit SAEs in lockstep: inputs yields n_steps lists of x (N, d), one for each.
+
+    Adam; the learning rate warms up over the first 5% of the steps and falls to 0 over the last
+    fifth. Gradients of decoder rows keep their norm, which is set back to 1 after every step.
+    """
+    optimizers = [torch.optim.Adam(sae.parameters(), lr=lr, eps=6.25e-10) for sae in saes]
+    steps = zip(range(n_steps), inputs)
+    for step, of_saes in tqdm(steps, total=n_steps, desc="SAEs", leave=False, disable=None):
+        now = lr * min(1, (step + 1) / (0.05 * n_steps), (n_steps - step) / (0.2 * n_steps))
+        for sae, optimizer, x in zip(saes, optimizers, of_saes):
+            if step == 0:
+                sae.scale.copy_(x.square().mean().sqrt())
+                sae.b_dec.data.copy_((x / sae.scale).mean(0))
+            optimizer.param_groups[0]["lr"] = now
+            optimizer.zero_grad()
+            sae_loss(sae, x / sae.scale, dead_after=n_steps * len(x) / 20).backward()
+            rows = sae.W_dec.data
+            grad = sae.W_dec.grad
+            grad -= (grad * rows).sum(1, keepdim=True) * rows
+            optimizer.step()
+            rows.copy_(F.normalize(rows, dim=1))
+    for sae in saes:
+        sae.eval().requires_grad_(False)
+
+
+def shuffled_inputs(model, windows, at_layers, seed):
+    """Yield lists of x (SAE_BATCH, d), one for each of at_layers, endlessly, tokens shuffled."""
+    rng = torch.Generator().manual_seed(seed)
+    n_rows = max(1, 8 * SAE_BATCH // windows.block_size)
+    first = 0
+    while True:
+        rows = windows.shuffled(first, n_rows, seed=seed + 1)[:, :-1]
+        first += n_rows
+        inputs = mlp_inputs(model, rows, set(at_layers))
+        n_tokens = rows.size
+        for tokens in torch.randperm(n_tokens, generator=rng).split(SAE_BATCH):
+            if len(tokens) == SAE_BATCH or n_tokens < SAE_BATCH:
+                yield [inputs[layer][tokens].to(on_device(model)) for layer in at_layers]
+
+
+def fitted_saes(model, windows, jobs, width, k, seed):
+    """
+    SAEs of a model's MLP inputs, fitted together: jobs are (layer, kind).
+
+    kind: "TopK" or "Matryoshka", whose prefixes are 1/32, 3/32, 7/32 and 15/32 of the features.
+    """
+    torch.manual_seed(seed)
+    saes = []
+    for _, kind in jobs:
+        prefixes = [width * share // 32 for share in (1, 3, 7, 15)] if kind == "Matryoshka" else ()
+        saes.append(TopKSAE(model.config.n_embd, width, k, prefixes).to(on_device(model)))
+    inputs = shuffled_inputs(model, windows, [layer for layer, _ in jobs], seed)
+    fit_saes(saes, inputs, max(1, sae_tokens // SAE_BATCH), sae_lr)
+    return saes
+
+
+# -----------------------------------------------------------------------------
+# rows: whose features are read
+
+
+@dataclass
+class Arm:
+    """Features of a model's MLP inputs."""
+
+    name: str
+    model: GPT
+    encode: Any  # x (N, d) -> Codes (N, k); ids None: every feature of (N, n_features) values
+    n_features: int
+    atoms: Any = None  # (n_features, d): what a code of 1 adds to the MLP's input
+    adds_up: bool = False  # the MLP's input is a sum of codes * atoms, so that one can be taken out
+
+
+def flat_codes(sae, codes):
+    """Codes per level as Codes over the features of all levels."""
+    ids = [code.ids + where.start for code, where in zip(codes, sae.level_slices)]
+    return Codes(torch.cat(ids, -1), torch.cat([code.values for code in codes], -1))
+
+
+def cayley_atoms(sae):
+    """The atoms of all levels, (F, d)."""
+    ids = [torch.arange(2**level.n) for level in sae.levels]
+    return torch.cat([sae.atoms(level, level_ids) for level, level_ids in enumerate(ids)]).detach()
+
+
+def cayley_arm(name, model, sae, level=None):
+    """The Arm of a CayleySAE's features: of all levels, or of one."""
+    atoms = cayley_atoms(sae)
+    if level is None:
+        return Arm(name, model, lambda x: flat_codes(sae, sae.encode(x)), len(atoms), atoms,
+                   adds_up=True)
+    atoms = atoms[sae.level_slices[level]]
+    return Arm(name, model, lambda x: sae.encode(x)[level], len(atoms), atoms, adds_up=True)
+
+
+def fresh_sae(config, like):
+    """An untrained CayleySAE of a GPTConfig on the device of the tensor like."""
+    return CayleySAE(config.n_embd, config.cayley_levels, config.per_parent_budget,
+                     config.score_standardize, config.forward_standardized).to(like.device)
+
+
+def untrained_arm(model, config, x):
+    """The algebraic code with the statistics of x (N, d) and no training."""
+    sae = fresh_sae(config, model.wte.weight)
+    settle(sae, [sae], lambda: sae.encode(x.to(sae.bias.device)))
+    arm = cayley_arm("untrained code on dense", model, sae)
+    arm.adds_up = False
+    return arm
+
+
+def random_dictionary_arm(model, config, x, seed):
+    """The same layer with random unit vectors as atoms, standardised by x (N, d)."""
+    sae = fresh_sae(config, model.wte.weight).eval()
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(len(sae.bias), config.n_embd, generator=generator)
+    atoms = F.normalize(rows, dim=1).to(sae.bias.device)
+    x = x.to(atoms.device)
+    sae.mean.copy_(atoms @ x.mean(0))
+    sae.var.copy_(((atoms @ torch.cov(x.T)) * atoms).sum(1))
+    per_level = [atoms[where] for where in sae.level_slices]
+
+    def encode(x):
+        return flat_codes(sae, plain_encode(sae, x, per_level))
+
+    return Arm("random dictionary on dense", model, encode, len(atoms), atoms)
+
+
+def random_model(config, windows, seed, target):
+    """A GPT of a GPTConfig with fresh weights, its statistics those of windows (M, T)."""
+    torch.manual_seed(seed)
+    model = GPT(config).to(target)
+    idx = torch.from_numpy(windows[:batch_size]).to(target)
+    settle(model, model.saes(), lambda: model(idx))
+    return model
+
+
+def sae_arm(name, model, sae):
+    return Arm(name, model, sae.encode, len(sae.W_dec), sae.atoms(), adds_up=True)
+
+
+def coordinates_arm(model):
+    """The dense coordinates that an MLP reads."""
+    d = model.config.n_embd
+    atoms = torch.eye(d, device=on_device(model))
+    return Arm("dense coordinates", model, lambda x: Codes(None, x), d, atoms, adds_up=True)
+
+
+def neurons_arm(model, layer):
+    """An MLP's neurons."""
+    c_fc = model.blocks[layer].mlp.c_fc
+
+    def encode(x):
+        return Codes(None, F.gelu(c_fc(x)))
+
+    return Arm("dense MLP neurons", model, encode, c_fc.out_features)
+
+
+@torch.no_grad()
+def encoded(arm, x):
+    """An Arm's Table of x (N, d)."""
+    ids, values = [], []
+    for rows in x.split(4096):
+        codes = arm.encode(rows.to(on_device(arm.model)))
+        values.append(codes.values.float().cpu())
+        if codes.ids is not None:
+            ids.append(codes.ids.cpu())
+    return Table(torch.cat(ids).numpy() if ids else None, torch.cat(values).numpy(), arm.n_features)
+
+
+class Table:
+    """
+    Codes of N tokens, to be had by feature.
+
+    ids (N, k), or None where values (N, n_features) has every feature; a code of 0 is not active.
+    """
+
+    def __init__(self, ids, values, n_features):
+        self.n_tokens = len(values)
+        self.n_features = n_features
+        self.dense = values if ids is None else None
+        if ids is not None:
+            active = np.flatnonzero(values)
+            owners = ids.ravel()[active]
+            order = np.argsort(owners, kind="stable")
+            self.owners = owners[order]  # (E,), ascending
+            self.rows = active[order] // values.shape[1]
+            self.values = values.ravel()[active[order]]
+            self.starts = np.searchsorted(self.owners, np.arange(n_features + 1))
+
+    def feature(self, number):
+        """The tokens at which a feature is active, and its codes there."""
+        if self.dense is not None:
+            return np.arange(self.n_tokens), self.dense[:, number]
+        where = slice(self.starts[number], self.starts[number + 1])
+        return self.rows[where], self.values[where]
+
+    def column(self, number):
+        """A feature's code at every token, 0 where it is not active, (N,)."""
+        rows, values = self.feature(number)
+        column = np.zeros(self.n_tokens, dtype=np.float32)
+        column[rows] = values
+        return column
+
+    def sums(self, weights):
+        """Sums over tokens of code * weight: weights (N, L) -> (n_features, L)."""
+        if self.dense is not None:
+            return self.dense.T.astype(np.float64) @ weights
+        columns = []
+        for weight in weights.T:
+            columns.append(np.bincount(self.owners, self.values * weight[self.rows],
+                                       minlength=self.n_features))
+        return np.stack(columns, 1)
+
+    def counts(self):
+        """Activations of every feature, (n_features,)."""
+        if self.dense is not None:
+            return np.full(self.n_features, self.n_tokens)
+        return np.diff(self.starts)
+
+
+# -----------------------------------------------------------------------------
+# sparse probing: fitted on one Table, scored on another
+
+
+class Probe(NamedTuple):
+    """One feature that predicts a label: where it is active and sign * code >= threshold."""
+
+    feature: int
+    sign: int
+    threshold: float
+
+
+def best_cut(scores, hits, positives):
+    """
+    The threshold of the best F1, "score >= threshold", for every label at once.
+
+    scores (m,); hits (m, L): which have the label; positives (L,): how many do among all tokens,
+    those without a score too. Returns F1 (L,) and thresholds (L,).
+    """
+    order = np.argsort(-scores, kind="stable")
+    scores = scores[order]
+    last = np.flatnonzero(np.append(scores[1:] != scores[:-1], True))  # of every run of ties
+    found = hits[order].cumsum(0, dtype=np.int32)[last]  # (cuts, L)
+    f1 = 2 * found / ((last + 1)[:, None] + positives)
+    best = f1.argmax(0)
+    return f1[best, np.arange(len(positives))], scores[last[best]]
+
+
+def mean_differences(table, labels):
+    """Mean code with the label less mean code without: labels (N, L) -> (n_features, L)."""
+    positives = labels.sum(0)
+    sums = table.sums(np.column_stack([labels, np.ones(len(labels))]))
+    with_label = sums[:, :-1] / positives
+    return with_label - (sums[:, -1:] - sums[:, :-1]) / (len(labels) - positives)
+
+
+def candidates(table, differences):
+    """The features that best_features tries: all of a sparse Table, some of a dense one."""
+    if table.dense is None:
+        return np.flatnonzero(table.counts())
+    deviation = table.dense.std(0)[:, None] + 1e-9
+    return np.unique(np.argsort(-np.abs(differences / deviation), axis=0)[:8])
+
+
+def best_features(table, labels):
+    """The Probe of the best F1 for each label: labels (N, L) -> L Probes."""
+    positives = labels.sum(0)
+    best = np.full(len(positives), -1.0)
+    probes = [None] * len(positives)
+    for feature in candidates(table, mean_differences(table, labels)):
+        rows, values = table.feature(feature)
+        hits = labels[rows]
+        for sign in (1, -1):
+            f1, thresholds = best_cut(sign * values, hits, positives)
+            for label in np.flatnonzero(f1 > best):
+                best[label] = f1[label]
+                probes[label] = Probe(int(feature), sign, float(thresholds[label]))
+    return probes
+
+
+def logistic(x, y, C=1.0):
+    """
+    L2 logistic regression: x (N, m), y (N,) of 0 and 1 -> weights (m,), intercept.
+
+    Minimises |w|^2 / 2 + C sum log(1 + exp(-(2y - 1) (x w + b))), as scikit-learn does, by Newton's
+    method with halved steps.
+    """
+    x = np.column_stack([x, np.ones(len(x))]).astype(np.float64)
+    y = np.asarray(y, dtype=np.float64)
+    penalty = np.append(np.ones(x.shape[1] - 1), 0) / C
+    w = np.zeros(x.shape[1])
+
+    def objective(w):
+        z = x @ w
+        return np.logaddexp(0, z).sum() - y @ z + 0.5 * penalty @ (w * w)
+
+    value = objective(w)
+    for _ in range(100):
+        p = 1 / (1 + np.exp(-np.clip(x @ w, -500, 500)))
+        gradient = x.T @ (p - y) + penalty * w
+        hessian = (x * (p * (1 - p))[:, None]).T @ x + np.diag(penalty + 1e-9)
+        step = np.linalg.solve(hessian, gradient)
+        size = 1.0
+        while size > 1e-6 and objective(w - size * step) > value:
+            size /= 2
+        w = w - size * step
+        new = objective(w)
+        if value - new <= 1e-12 * abs(value):
+            break
+        value = new
+    return w[:-1], w[-1]
+
+
+class Outcome(NamedTuple):
+    """How a label was predicted: counts per document, from which every metric follows."""
+
+    confusion: np.ndarray  # (D, 4): true and false negatives and positives, as tn, fp, fn, tp
+    histogram: np.ndarray  # (D, BINS, 2): tokens without and with the label, by bin of the score
+
+
+def outcome(scores, predicted, truth, documents):
+    """Scores, predictions and truth (N,) -> Outcome. documents (N,): numbers from 0."""
+    n_documents = documents.max() + 1
+    cells = documents * 4 + 2 * truth + predicted
+    confusion = np.bincount(cells, minlength=4 * n_documents).reshape(n_documents, 4)
+    distinct, bins = np.unique(scores, return_inverse=True)
+    if len(distinct) > BINS:  # by rank, so that each has about as many distinct scores
+        bins = bins * BINS // len(distinct)
+    cells = (documents * BINS + bins) * 2 + truth
+    histogram = np.bincount(cells, minlength=2 * BINS * n_documents)
+    return Outcome(confusion, histogram.reshape(n_documents, BINS, 2))
+
+
+def metrics(confusion, histogram):
+    """
+    F1, balanced accuracy and AUC: confusion (..., 4), histogram (..., BINS, 2) -> (..., 3).
+
+    nan where a class is empty. AUC counts ties, and what shares a bin, half.
+    """
+    tn, fp, fn, tp = np.moveaxis(np.asarray(confusion, dtype=np.float64), -1, 0)
+    without, with_label = np.moveaxis(np.asarray(histogram, dtype=np.float64), -1, 0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        f1 = np.where(tp + fn > 0, 2 * tp / (2 * tp + fp + fn), np.nan)
+        balanced = (tp / (tp + fn) + tn / (tn + fp)) / 2
+        below = without.cumsum(-1) - without / 2
+        auc = (with_label * below).sum(-1) / ((tp + fn) * (tn + fp))
+    return np.stack([f1, balanced, auc], -1)
+
+
+def probe_one(fit, score, fit_labels, score_labels, documents):
+    """The best single features -> L Probes and their Outcomes on the other Table."""
+    probes = best_features(fit, fit_labels)
+    outcomes = []
+    for probe, truth in zip(probes, score_labels.T):
+        column = score.column(probe.feature)
+        rows, _ = score.feature(probe.feature)
+        active = np.zeros(len(column), dtype=bool)
+        active[rows] = True
+        predicted = active & (probe.sign * column >= np.float32(probe.threshold))
+        outcomes.append(outcome(probe.sign * column, predicted, truth, documents))
+    return probes, outcomes
+
+
+def probe_some(fit, score, fit_labels, score_labels, documents, n=5):
+    """The n features of largest mean difference and a logistic probe -> L Outcomes."""
+    differences = mean_differences(fit, fit_labels)
+    outcomes = []
+    for label, truth in enumerate(score_labels.T):
+        features = np.argsort(-np.abs(differences[:, label]), kind="stable")[:n]
+        x = np.stack([fit.column(f) for f in features], 1)
+        weights, intercept = logistic(x, fit_labels[:, label])
+        hits = fit_labels[:, label:label + 1]
+        _, (threshold,) = best_cut(x @ weights + intercept, hits, hits.sum(0))
+        scores = np.stack([score.column(f) for f in features], 1) @ weights + intercept
+        outcomes.append(outcome(scores, scores >= threshold, truth, documents))
+    return outcomes
+
+
+def token_rates(ids, labels, vocab_size):
+    """Share of each token's occurrences that have the label, (vocab_size, L), smoothed by one."""
+    counts = np.bincount(ids, minlength=vocab_size)
+    prior = labels.mean(0)
+    rates = []
+    for label in labels.T:
+        rates.append(np.bincount(ids, label, minlength=vocab_size))
+    return (np.stack(rates, 1) + prior) / (counts[:, None] + 1)
+
+
+def probe_token(rates, fit_ids, score_ids, fit_labels, score_labels, documents):
+    """The current token alone, by token_rates -> L Outcomes."""
+    outcomes = []
+    for label, truth in enumerate(score_labels.T):
+        hits = fit_labels[:, label:label + 1]
+        _, (threshold,) = best_cut(rates[fit_ids, label], hits, hits.sum(0))
+        scores = rates[score_ids, label]
+        outcomes.append(outcome(scores, scores >= threshold, truth, documents))
+    return outcomes
+
+
+def stacked(outcomes):
+    """L Outcomes as tensors confusion (D, L, 4) and histogram (D, L, BINS, 2)."""
+    return {
+        "confusion": torch.from_numpy(np.stack([o.confusion for o in outcomes], 1)).int(),
+        "histogram": torch.from_numpy(np.stack([o.histogram for o in outcomes], 1)).int(),
+    }
+
+
+# -----------------------------------------------------------------------------
+# absorption
+
+
+def letter_probes(x, letters):
+    """Logistic probes of the 26 first letters: x (N, d), letters (N,) -> w (26, d), b (26,)."""
+    w = torch.zeros(26, x.shape[1], requires_grad=True)
+    b = torch.zeros(26, requires_grad=True)
+    targets = F.one_hot(letters, 26).float()
+    optimizer = torch.optim.LBFGS([w, b], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.binary_cross_entropy_with_logits(x @ w.T + b, targets, reduction="sum")
+        loss = (loss + w.square().sum() / 2) / len(x)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return w.detach(), b.detach()
+
+
+def main_features(fit, truth, most=10, jump=0.03):
+    """
+    The features that stand for a letter: the first k by mean difference, while k more of them
+    raise a logistic probe's best F1 by more than jump. truth (N,).
+    """
+    differences = mean_differences(fit, truth[:, None])[:, 0]
+    ranked = np.argsort(-differences, kind="stable")[:most]
+    columns = np.stack([fit.column(f) for f in ranked], 1)
+    kept, best = 1, -1.0
+    for k in range(1, most + 1):
+        weights, intercept = logistic(columns[:, :k], truth)
+        scores = columns[:, :k] @ weights + intercept
+        (f1,), _ = best_cut(scores, truth[:, None], np.array([truth.sum()]))
+        if f1 <= best + jump:
+            break
+        kept, best = k, f1
+    return ranked[:kept]
+
+
+def word_absorption(parts, cosines, main, projection):
+    """
+    Absorption fraction and full absorption at one token, SAEBench's formulas: see absorption.
+
+    parts (n_features,): code * cosine of its atom with the probe; main: features' numbers;
+    projection: of x on the probe.
+    """
+    of_main = parts[main].sum()
+    others = parts.copy()
+    others[main] = 0
+    absorbers = np.sort(others[(cosines >= 0.1) & (others > 0)])[-3:].sum()
+    if of_main >= projection or absorbers < 0.4 * projection:
+        fraction = 0.0
+    elif of_main <= 0:
+        fraction = 1.0
+    else:
+        taken = min(absorbers, projection - of_main)
+        fraction = taken / (taken + of_main)
+    top = int(parts.argmax())
+    silent = bool((parts[main] == 0).all())
+    full = silent and cosines[top] >= 0.025 and parts[top] >= 0.4 * projection > 0
+    return fraction, bool(full)
+
+
+def absorption(arm, fit, score, fit_x, score_x, fit_letters, score_letters):
+    """
+    Mean over letters of the absorption fraction and of the rate of full absorption.
+
+    SAEBench's first-letter definition (Chanin et al., "A is for Absorption", 2024; Karvonen et al.,
+    "SAEBench", 2025; feature_absorption_calculator.py). With p the unit weights of a logistic probe
+    of the letter on x, the projection of a token is <x, p>, and a feature's part is its code times
+    its atom's norm times its cosine with p. Main features: see main_features. At each token that
+    has the letter and that the probe finds:
+    - absorbers: the sum of the 3 largest positive parts of other features with cosine >= 0.1;
+    - fraction: 0 if the main parts reach the projection or absorbers < 0.4 projection; 1 if the
+      main parts are not positive; else a / (a + main) with a = min(absorbers, projection - main);
+    - full: no main feature is active, and the largest part has cosine >= 0.025 and is at least 0.4
+      of the projection.
+    Two departures: words are read where they stand in the text, not in a spelling prompt, and main
+    features are ranked by mean difference, not by an L1 probe.
+
+    letters (N,): of tokens that are whole words 0..25, -1 elsewhere. Tables and x are of the same N
+    tokens. Returns fraction, full, the probes' mean F1 and the number of letters.
+    """
+    on_fit, on_score = fit_letters >= 0, score_letters >= 0
+    w, b = letter_probes(fit_x[on_fit], torch.from_numpy(fit_letters[on_fit]))
+    atoms = arm.atoms.cpu()
+    norms = atoms.norm(dim=1).numpy()
+    rows = []
+    for letter in range(26):
+        truth = score_letters == letter
+        if truth.sum() < FEWEST or (fit_letters == letter).sum() < FEWEST:
+            continue
+        found = (score_x @ w[letter] + b[letter] > 0).numpy() & on_score
+        hits = np.flatnonzero(found & truth)
+        f1 = 2 * len(hits) / (found.sum() + truth.sum())
+        direction = F.normalize(w[letter], dim=0)
+        cosines = F.cosine_similarity(atoms, direction[None]).numpy()
+        main = main_features(fit, fit_letters == letter)
+        projections = (score_x[hits] @ direction).numpy()
+        codes = np.stack([score.column(f)[hits] for f in range(score.n_features)], 1)
+        results = [word_absorption(code * norms * cosines, cosines, main, projection)
+                   for code, projection in zip(codes, projections)]
+        if results:
+            rows.append([*np.mean(results, axis=0), f1])
+    if not rows:
+        return None
+    fraction, full, f1 = np.mean(rows, axis=0).tolist()
+    return {"fraction": fraction, "full": full, "probe_f1": f1, "letters": len(rows)}
+
+
+def word_letters(ids, encoding):
+    """First letter 0..25 of each token (N,) that is a whole word of A to Z, else -1."""
+    letters = np.full(len(ids), -1)
+    for number, word in enumerate(english_words(token_texts(ids, encoding))):
+        text = word.text.strip()
+        if word.starts_word and text == word.word and text.isascii():
+            letters[number] = ord(text[0].lower()) - ord("a")
+    return letters
+
+
+# -----------------------------------------------------------------------------
+# causal
+
+
+def match_kl(kl_of, target=STEER_KL, tolerance=0.02):
+    """
+    The positive scale at which kl_of(scale) is target, within a share of tolerance.
+
+    KL grows as the square of a small scale, which gives the next guess; once the target is
+    bracketed, guesses outside are replaced by the middle. None if it isn't reached by 1e6 or in 40
+    tries.
+    """
+    scale = 1.0
+    low, high = 0.0, math.inf
+    for _ in range(40):
+        kl = kl_of(scale)
+        if abs(kl - target) <= tolerance * target:
+            return scale
+        if kl < target:
+            low = scale
+        else:
+            high = scale
+        guess = scale * min(10.0, max(0.1, math.sqrt(target / max(kl, 1e-12))))
+        if not low < guess < high:
+            guess = math.sqrt(low * high) if low else high / 2
+            if not math.isfinite(guess):
+                guess = 2 * scale
+        if guess > 1e6:
+            return None
+        scale = guess
+    return None
+
+
+class Stage:
+    """
+    Where steering and ablation at one layer of a model are measured.
+
+    fit, score: windows (B, T); rates: token_rates as a tensor (V, L); next_labels (B, T, L) of
+    score's next tokens.
+    """
+
+    def __init__(self, model, layer, fit, score, rates, next_labels):
+        self.model = model
+        self.layer = layer
+        self.rates = rates
+        self.next_labels = torch.from_numpy(next_labels).to(rates.device)
+        self.site, self.logits = site_of(model, layer, score)
+        self.before = self.label_probabilities(self.logits)  # (B, T, L)
+        self.gradients = self._gradients(fit)  # (L, d)
+        self.gradient_effects = [self.steer(g)[:, label] for label, g in enumerate(self.gradients)]
+
+    def label_probabilities(self, logits):
+        """(B, T, V) -> (B, T, L): that the next token has each label."""
+        return logits.softmax(-1) @ self.rates
+
+    def _gradients(self, windows):
+        site, _ = site_of(self.model, self.layer, windows)
+        shift = torch.zeros(site.x.shape[-1], device=site.x.device, requires_grad=True)
+        logits = logits_after(self.model, self.layer, site.residual, site.mlp_input + shift)
+        gradients = []
+        for mean in self.label_probabilities(logits).mean((0, 1)):
+            gradients += torch.autograd.grad(mean, shift, retain_graph=True)
+        return [F.normalize(g, dim=0) for g in gradients]
+
+    @torch.no_grad()
+    def steer(self, direction):
+        """Change of the labels' probabilities per window at the KL: direction (d,) -> (B, L)."""
+        direction = F.normalize(direction, dim=0)
+        after = None
+
+        def kl_of(scale):
+            nonlocal after
+            after = logits_after(self.model, self.layer, self.site.residual,
+                                 self.site.mlp_input + scale * direction)
+            return kl_divergence(self.logits, after).mean().item()
+
+        if match_kl(kl_of) is None:  # it moves nothing
+            return torch.zeros_like(self.before[:, 0])
+        return (self.label_probabilities(after) - self.before).mean(1)
+
+    @torch.no_grad()
+    def ablate(self, contribution, label):
+        """
+        Take contribution (B, T, d) away -> (B, 5) sums per window.
+
+        Of the probability's fall, and of its |change|, where the next token has the label; the
+        number of these tokens; of |change| elsewhere; the number of those.
+        """
+        after = logits_after(self.model, self.layer, self.site.residual,
+                             self.site.mlp_input - contribution)
+        fall = (self.before - self.label_probabilities(after))[..., label]  # (B, T)
+        inside = self.next_labels[..., label].float()
+        outside = 1 - inside
+        sums = [fall * inside, fall.abs() * inside, inside, fall.abs() * outside, outside]
+        return torch.stack([s.sum(1) for s in sums], 1)
+
+
+def causal_scores(arm, stage, probes):
+    """Steering and ablation of an Arm's best features: tensors steer, gradient (B, L), ablate."""
+    B, T, d = stage.site.x.shape
+    table = encoded(arm, stage.site.x.flatten(0, 1).cpu())
+    steered = {}
+    steer, ablate = [], []
+    for label, probe in enumerate(tqdm(probes, desc=arm.name, leave=False, disable=None)):
+        key = (probe.feature, probe.sign)
+        if key not in steered:
+            steered[key] = stage.steer(probe.sign * arm.atoms[probe.feature])
+        steer.append(steered[key][:, label])
+        if arm.adds_up:
+            column = torch.from_numpy(table.column(probe.feature)).view(B, T, 1)
+            contribution = column.to(stage.site.x.device) * arm.atoms[probe.feature]
+            ablate.append(stage.ablate(contribution, label))
+    result = {
+        "steer": torch.stack(steer, 1).cpu(),  # (B, L)
+        "gradient": torch.stack(stage.gradient_effects, 1).cpu(),  # (B, L)
+    }
+    if ablate:
+        result["ablate"] = torch.stack(ablate, 1).cpu()  # (B, L, 5)
+    return result
+
+
+# -----------------------------------------------------------------------------
+# codes
+
+
+def entropy(counts):
+    """In bits, of counts (..., n) -> (...)."""
+    p = counts / np.maximum(counts.sum(-1, keepdims=True), 1)
+    return -(p * np.log2(np.maximum(p, 1e-12))).sum(-1)
+
+
+def code_scores(arm, table, x, ids, labels):
+    """State of an Arm's codes of x (N, d): see this file's docstring. ids (N,), labels (N, L)."""
+    counts = table.counts()
+    of_tokens, of_labels, uses = [], [], []
+    for feature in np.flatnonzero(counts >= TOP_CONTEXTS):
+        rows, values = table.feature(feature)
+        top = rows[np.argsort(-np.abs(values), kind="stable")[:TOP_CONTEXTS]]
+        of_tokens.append(entropy(np.unique(ids[top], return_counts=True)[1]))
+        share = labels[top].mean(0)
+        of_labels.append(entropy(np.stack([share, 1 - share], -1)).mean())
+        uses.append(counts[feature])
+    scores = {
+        "dead": int((counts == 0).sum()),
+        "rare": int((counts < RARE * table.n_tokens).sum()),
+        "active": float(counts.sum() / table.n_tokens),
+    }
+    if uses:
+        for name, values in (("token_entropy", of_tokens), ("label_entropy", of_labels)):
+            scores[name] = float(np.mean(values))
+            scores[f"{name}_by_use"] = float(np.average(values, weights=uses))
+    if arm.atoms is not None and table.dense is None:
+        decoded = torch.zeros_like(x)
+        order = np.argsort(table.rows, kind="stable")
+        offsets = torch.from_numpy(np.searchsorted(table.rows[order], np.arange(len(x))))
+        decoded = F.embedding_bag(
+            torch.from_numpy(table.owners[order]), arm.atoms.cpu(), offsets, mode="sum",
+            per_sample_weights=torch.from_numpy(table.values[order]))
+        scores["explained"] = explained(covariances(x, decoded)).item()
+    return scores
+
+
+# -----------------------------------------------------------------------------
+# losses
+
+
+@torch.no_grad()
+def losses(model, windows, modules, reference):
+    """
+    Per window the mean loss of a model with modules spliced in, and KL(reference || that) in nats
+    a token, reference being a model as it is: windows (M, T + 1) -> (M, 2).
+    """
+    rows = []
+    for batch in batches(windows, "losses"):
+        batch = batch.to(on_device(model))
+        idx, targets = batch[:, :-1], batch[:, 1:]
+        before = reference(idx, n_logits=0)[0].float()
+        with spliced(model, modules):
+            logits = model(idx, n_logits=0)[0].float()  # (B, T, V)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        loss = loss.view(targets.shape).mean(1)
+        rows.append(torch.stack([loss, kl_divergence(before, logits).mean(1)], 1).cpu())
+    return torch.cat(rows)
+
+
+def loss_arms(pair, at_layers, topk):
+    """{name: (model, modules to splice in, reference)}: topk {layer: post-hoc SAE on dense}."""
+    n_layer = len(pair.cayley.blocks)
+    skips = {layer: nn.Identity() for layer in range(n_layer)}
+    arms = {
+        "dense": (pair.dense, {}, pair.dense),
+        "dense, TopK SAE in all layers": (pair.dense, topk, pair.dense),
+        "Cayley": (pair.cayley, {}, pair.dense),
+        "Cayley, dense input in all layers": (pair.cayley, skips, pair.cayley),
+    }
+    for layer in at_layers:
+        one = {layer: topk[layer]}
+        arms[f"dense, TopK SAE in layer {layer}"] = (pair.dense, one, pair.dense)
+        skip = {layer: nn.Identity()}
+        arms[f"Cayley, dense input in layer {layer}"] = (pair.cayley, skip, pair.cayley)
+    return arms
+
+
+# -----------------------------------------------------------------------------
+# one pair of checkpoints: its parts
+
+
+class Pair(NamedTuple):
+    """A Cayley model and its dense twin of one training seed."""
+
+    cayley: GPT
+    dense: GPT
+    tokens: tuple  # that each was trained on
+    digests: tuple
+
+
+class Data(NamedTuple):
+    """What all pairs are read on."""
+
+    encoding: Any
+    names: list  # of the L labels
+    fit: Labelled
+    score: Labelled  # documents numbered from 0
+    val_windows: np.ndarray  # (M, T + 1), for losses
+    train: Any  # Windows, for the post-hoc SAEs
+    key: dict  # what all this depends on
+
+
+def load_pair(ckpt_path, dense_path, target):
+    """Pair and the runs' configurations. Raises ValueError where the two don't make a pair."""
+    checkpoints = [load_checkpoint(path) for path in (ckpt_path, dense_path)]
+    models = []
+    tokens = []
+    for path, checkpoint in zip((ckpt_path, dense_path), checkpoints):
+        models.append(build_model(checkpoint, path).to(target).eval().requires_grad_(False))
+        windows_read = checkpoint.get("windows_read", 0)
+        tokens.append(windows_read * models[-1].config.block_size)
+    cayley, twin = models
+    if not cayley.saes():
+        raise ValueError(f"ckpt={ckpt_path}: it has no CayleySAE: give the dense twin as --dense")
+    if twin.saes():
+        raise ValueError(f"dense={dense_path}: it is no dense model, it has a CayleySAE")
+    for key in ("n_embd", "n_layer", "block_size", "vocab_size"):
+        sizes = [getattr(model.config, key) for model in models]
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"{ckpt_path} has {key}={sizes[0]} and {dense_path} {sizes[1]}: they "
+                             "are no twins")
+    digests = (file_digest(ckpt_path), file_digest(dense_path))
+    return Pair(cayley, twin, tuple(tokens), digests), [c["config"] for c in checkpoints]
+
+
+def load_data(config):
+    """Data of a run. Raises ValueError as run_windows, labelled and usable_labels do."""
+    rng = np.random.default_rng(0)
+    train = run_windows(config, "train", data_dir)
+    val = run_windows(config, "val", data_dir)
+    encoding = get_tokenizer(config["tokenizer"])
+    names, fit = labelled(train, "train", encoding, label_tokens, fit_tokens, rng)
+    names, score = labelled(val, "val", encoding, 2 * score_tokens, score_tokens, rng)
+    names, fit, score = usable_labels(names, fit, score)
+    numbers = np.unique(score.documents, return_inverse=True)[1].reshape(score.documents.shape)
+    key = {
+        "data": [train.fingerprint, val.fingerprint],
+        "labels": hashlib.sha256(fit.labels.tobytes() + score.labels.tobytes()).hexdigest(),
+        "names": names,
+    }
+    val_windows = val.shuffled(0, min(n_windows, len(val)), seed=0)
+    return Data(encoding, names, fit, score._replace(documents=numbers), val_windows, train, key)
+
+
+def cached_saes(parts, name, model, windows, jobs, width, k, seed):
+    """fitted_saes, or what they were before: {(layer, kind): TopKSAE}."""
+    def compute():
+        saes = fitted_saes(model, windows, jobs, width, k, seed)
+        return [{key: value.cpu() for key, value in sae.state_dict().items()} for sae in saes]
+
+    states = parts.get(f"{name} {jobs} seed {seed}", compute)
+    saes = {}
+    for job, state in zip(jobs, states):
+        sae = TopKSAE(model.config.n_embd, width, k).to(on_device(model))
+        sae.load_state_dict(state)
+        saes[job] = sae.eval().requires_grad_(False)
+    return saes
+
+
+class Reader:
+    """Reads the features of one pair at one layer; what several rows need is computed once."""
+
+    def __init__(self, pair, layer, data):
+        self.pair = pair
+        self.layer = layer
+        self.data = data
+        self.fit_labels, _ = data.fit.read()
+        self.score_labels, self.documents = data.score.read()
+        self.fit_ids = data.fit.windows[:, :-1]
+        self.score_ids = data.score.windows[:, :-1]
+        vocab_size = pair.dense.config.vocab_size
+        self.rates = token_rates(self.fit_ids.ravel(), self.fit_labels, vocab_size)
+        self.inputs = functools.cache(self._inputs)
+        self.stage = functools.cache(self._stage)
+
+    def _inputs(self, model):
+        """x of fit and score, (N, d) each."""
+        fit = mlp_inputs(model, self.fit_ids, [self.layer])[self.layer]
+        return fit, mlp_inputs(model, self.score_ids, [self.layer])[self.layer]
+
+    def _stage(self, model):
+        """The Stage of a model at this layer."""
+        T = self.fit_ids.shape[1]
+        n = max(2, causal_tokens // T)
+        rates = torch.from_numpy(self.rates).float().to(on_device(model))
+        return Stage(model, self.layer, self.fit_ids[:n], self.score_ids[:n], rates,
+                     self.data.score.labels[:n, 1:])
+
+    def token_row(self):
+        """The row of the current token alone."""
+        outcomes = probe_token(self.rates, self.fit_ids.ravel(), self.score_ids.ravel(),
+                               self.fit_labels, self.score_labels, self.documents)
+        return {"one": stacked(outcomes), "five": stacked(outcomes)}
+
+    def row(self, arm):
+        """Every score of an Arm, tensors and plain values."""
+        fit_x, score_x = self.inputs(arm.model)
+        fit, score = encoded(arm, fit_x), encoded(arm, score_x)
+        sides = (self.fit_labels, self.score_labels, self.documents)
+        probes, one = probe_one(fit, score, *sides)
+        result = {
+            "probes": [list(probe) for probe in probes],
+            "one": stacked(one),
+            "five": stacked(probe_some(fit, score, *sides)),
+        }
+        if fit.dense is None:
+            ids = self.score_ids.ravel()
+            result["codes"] = code_scores(arm, score, score_x, ids, self.score_labels)
+        if arm.atoms is not None and arm.model in (self.pair.cayley, self.pair.dense):
+            result["causal"] = causal_scores(arm, self.stage(arm.model), probes)
+        if self.data.encoding.name == "gpt2" and fit.dense is None:
+            letters = [word_letters(ids.ravel(), self.data.encoding)
+                       for ids in (self.fit_ids, self.score_ids)]
+            result["absorption"] = absorption(arm, fit, score, fit_x, score_x, *letters)
+        return result
+
+    def arms(self):
+        """{name: function that makes the Arm}, of those without a seed of SAEs."""
+        layer, cayley, twin = self.layer, self.pair.cayley, self.pair.dense
+        sae = cayley.blocks[layer].sae
+        config = cayley.config
+        makers = {"Cayley": lambda: cayley_arm("Cayley", cayley, sae)}
+        if len(sae.levels) > 1:
+            for level in range(len(sae.levels)):
+                name = f"Cayley, level {level}"
+                makers[name] = functools.partial(cayley_arm, name, cayley, sae, level)
+        makers["dense coordinates"] = lambda: coordinates_arm(twin)
+        makers["dense MLP neurons"] = lambda: neurons_arm(twin, layer)
+        makers["untrained code on dense"] = lambda: untrained_arm(
+            twin, config, self.inputs(twin)[0])
+        makers["random dictionary on dense"] = lambda: random_dictionary_arm(
+            twin, config, self.inputs(twin)[0], seed=0)
+        makers["random model"] = self.random_model_arm
+        return makers
+
+    def random_model_arm(self):
+        model = random_model(self.pair.cayley.config, self.fit_ids, 0, on_device(self.pair.cayley))
+        return cayley_arm("random model", model, model.blocks[self.layer].sae)
+
+
+def code_shape(sae):
+    """Number of features of a CayleySAE and of active ones, over its levels."""
+    return len(sae.bias), sum(level.k for level in sae.levels)
+
+
+def read_losses(pair, data, at_layers, fitted, parts):
+    """{name: (M, 2)} for every seed of post-hoc SAEs."""
+    all_rows = []
+    for seed, (of_dense, _) in enumerate(fitted):
+        topk = {layer: sae for (layer, kind), sae in of_dense.items() if kind == "TopK"}
+        rows = {}
+        for name, arm in loss_arms(pair, at_layers, topk).items():
+            of_seed = f" seed {seed}" if "SAE" in name else ""
+            model, modules, reference = arm
+            compute = functools.partial(losses, model, data.val_windows, modules, reference)
+            rows[name] = parts.get(f"loss {name}{of_seed}", compute)
+        all_rows.append(rows)
+    return all_rows
+
+
+def read_rows(pair, data, layer, fitted, parts):
+    """{name: a list of results, one per seed of post-hoc SAEs or just one} at a layer."""
+    reader = Reader(pair, layer, data)
+    makers = {name: [make] for name, make in reader.arms().items()}
+    for of_dense, of_cayley in fitted:
+        for name, model, sae in (
+            (REFERENCE, pair.dense, of_dense[layer, "TopK"]),
+            ("Matryoshka SAE on dense", pair.dense, of_dense[layer, "Matryoshka"]),
+            ("TopK SAE on Cayley's input", pair.cayley, of_cayley[layer, "TopK"]),
+        ):
+            makers.setdefault(name, []).append(functools.partial(sae_arm, name, model, sae))
+
+    def compute(make):
+        return reader.row(make())
+
+    rows = {"current token": [parts.get(f"layer {layer} current token", reader.token_row)]}
+    for name, seeded in tqdm(makers.items(), desc=f"rows of layer {layer}", disable=None):
+        rows[name] = []
+        for seed, make in enumerate(seeded):
+            part = f"layer {layer} {name} seed {seed}"
+            rows[name].append(parts.get(part, functools.partial(compute, make)))
+    return rows
+
+
+def read_pair(pair, data, at_layers):
+    """
+    Everything about one pair, from the disk where it is there: read_losses' list, and read_rows'
+    lists as {(layer, name): list}.
+    """
+    settings = {key: value for key, value in SETTINGS.items() if key not in NOT_KEYS}
+    key = {**data.key, "digests": pair.digests, "settings": settings}
+    parts = Parts(os.path.join(out_dir, "parts"), key)
+    shape = code_shape(pair.cayley.saes()[0])
+    on_dense = [(layer, "TopK") for layer in range(len(pair.dense.blocks))]
+    on_dense += [(layer, "Matryoshka") for layer in at_layers]
+    on_cayley = [(layer, "TopK") for layer in at_layers]
+    fitted = []
+    for seed in range(seeds):
+        fitted.append([
+            cached_saes(parts, "on dense", pair.dense, data.train, on_dense, *shape, seed),
+            cached_saes(parts, "on Cayley", pair.cayley, data.train, on_cayley, *shape, seed),
+        ])
+    all_losses = read_losses(pair, data, at_layers, fitted, parts)
+    rows = {}
+    for layer in at_layers:
+        for name, results in read_rows(pair, data, layer, fitted, parts).items():
+            rows[layer, name] = results
+    return all_losses, rows
+
+
+# -----------------------------------------------------------------------------
+# the card: means over runs, intervals over documents, spread over training seeds
+
+
+def resamples(n_documents):
+    """How often each document counts: once in the first row, drawn in the others, (1 + R, D)."""
+    rng = np.random.default_rng(0)
+    drawn = rng.multinomial(n_documents, np.full(n_documents, 1 / n_documents), size=RESAMPLES)
+    return np.vstack([np.ones(n_documents, dtype=np.int64), drawn]).astype(np.float64)
+
+
+def nanmean(values, axis):
+    """np.nanmean, and nan without a warning where nothing is there."""
+    values = np.asarray(values, dtype=np.float64)
+    there = ~np.isnan(values)
+    with np.errstate(invalid="ignore"):
+        return np.where(there, values, 0).sum(axis) / there.sum(axis)
+
+
+def probe_scores(tables, weights):
+    """F1, balanced accuracy and AUC, means over labels: stacked Outcomes -> (1 + R, 3)."""
+    confusion = np.tensordot(weights, tables["confusion"].numpy(), 1)  # (1 + R, L, 4)
+    per_label = []
+    for label in range(confusion.shape[1]):
+        histogram = np.tensordot(weights, tables["histogram"][:, label].numpy(), 1)
+        per_label.append(metrics(confusion[:, label], histogram))  # (1 + R, 3)
+    return nanmean(per_label, 0)
+
+
+def causal_numbers(causal, window_weights):
+    """Share, fall, change inside and specificity, means over labels: -> (1 + R, 4)."""
+    steer = window_weights @ causal["steer"].double().numpy()  # (1 + R, L)
+    gradient = window_weights @ causal["gradient"].double().numpy()
+    with np.errstate(invalid="ignore", divide="ignore"):
+        share = nanmean(np.where(gradient > 0, steer / gradient, np.nan), 1)
+        if "ablate" not in causal:
+            nothing = np.full(len(share), np.nan)
+            return np.stack([share, nothing, nothing, nothing], 1)
+        sums = np.tensordot(window_weights, causal["ablate"].double().numpy(), 1)
+        fall, inside, n_inside, outside, n_outside = np.moveaxis(sums, -1, 0)  # (1 + R, L)
+        inside, outside = inside / n_inside, outside / n_outside
+        specificity = nanmean(inside / (inside + outside), 1)
+        return np.stack([share, nanmean(fall / n_inside, 1), nanmean(inside, 1), specificity], 1)
+
+
+def interval(values):
+    """95% of resamples (R,): a list of two, or None where there is no value."""
+    values = values[~np.isnan(values)]
+    return np.percentile(values, [2.5, 97.5]).tolist() if len(values) else None
+
+
+def spread(runs):
+    """Standard deviation over training seeds of numbers, runs being a list per training seed."""
+    means = [np.mean(of_pair) for of_pair in runs]
+    return float(np.std(means, ddof=1)) if len(means) > 1 else None
+
+
+def summary(runs, reference):
+    """
+    A number's mean, interval, spread and difference to a reference row.
+
+    runs: per training seed a list, per seed of SAEs, of (1 + R,); reference: the same or None.
+    """
+    mean = np.mean([value for of_pair in runs for value in of_pair], axis=0)
+    if np.isnan(mean[0]):
+        return None
+    result = {"mean": float(mean[0]), "interval": interval(mean[1:]),
+              "over_seeds": spread([[value[0] for value in of_pair] for of_pair in runs])}
+    if reference is not None:
+        other = np.mean([value for of_pair in reference for value in of_pair], axis=0)
+        gaps = [np.mean([v[0] for v in a]) - np.mean([v[0] for v in b])
+                for a, b in zip(runs, reference)]
+        result["difference"] = float(mean[0] - other[0])
+        result["difference_interval"] = interval(mean[1:] - other[1:])
+        result["difference_over_seeds"] = spread([[gap] for gap in gaps])
+    return result
+
+
+PROBE_NAMES = ("f1", "balanced_accuracy", "auc")
+CAUSAL_NAMES = ("steering_share", "fall", "change", "specificity")
+
+
+def row_numbers(result, weights, window_documents):
+    """A row's result -> {name of a number: (1 + R,)}."""
+    numbers = {}
+    for kind in ("one", "five"):
+        scores = probe_scores(result[kind], weights)
+        for name, column in zip(PROBE_NAMES, scores.T):
+            numbers[f"{kind}_{name}"] = column
+    if "causal" in result:
+        window_weights = weights[:, window_documents]
+        window_weights = window_weights[:, :len(result["causal"]["steer"])]
+        for name, column in zip(CAUSAL_NAMES, causal_numbers(result["causal"], window_weights).T):
+            numbers[name] = column
+    return numbers
+
+
+def mean_dicts(dicts):
+    """Means of numbers by key over dicts; None where there are none."""
+    dicts = [d for d in dicts if d]
+    if not dicts:
+        return None
+    return {key: float(np.mean([d[key] for d in dicts if key in d])) for key in dicts[0]}
+
+
+def label_f1(results, weights):
+    """F1 of one feature by label, means over results: a list of L."""
+    once = weights[:1]
+    values = []
+    for result in results:
+        confusion = np.tensordot(once, result["one"]["confusion"].numpy(), 1)[0]  # (L, 4)
+        values.append(metrics(confusion, np.zeros((*confusion.shape[:1], 1, 2)))[:, 0])
+    return nanmean(values, 0).tolist()
+
+
+def make_rows(per_pair, data):
+    """The card's rows, of read_pair's rows for every pair."""
+    n_documents = int(data.score.documents.max()) + 1
+    weights = resamples(n_documents)
+    window_documents = data.score.documents[:, 0]
+    rows = []
+    reference = {}
+    names = sorted(per_pair[0], key=lambda key: (key[0], key[1] != REFERENCE))
+    for layer, name in names:
+        runs = [[row_numbers(result, weights, window_documents) for result in rows[layer, name]]
+                for rows in per_pair]
+        if name == REFERENCE:
+            reference = runs
+        row = {"layer": layer, "name": name}
+        for number in runs[0][0]:
+            values = [[result[number] for result in of_pair] for of_pair in runs]
+            against = None
+            if name != REFERENCE and number in reference[0][0]:
+                against = [[result[number] for result in of_pair] for of_pair in reference]
+            row[number] = summary(values, against)
+        results = [result for rows in per_pair for result in rows[layer, name]]
+        row["label_f1"] = label_f1(results, weights)
+        row["codes"] = mean_dicts([result.get("codes") for result in results])
+        row["absorption"] = mean_dicts([result.get("absorption") for result in results])
+        rows.append(row)
+    return sorted(rows, key=lambda row: (row["layer"], order(row["name"])))
+
+
+def order(name):
+    """Where a row stands in the tables."""
+    names = ("Cayley", "TopK SAE on C", REFERENCE, "Matryoshka", "dense c", "dense M", "untrained",
+             "random d", "random m", "current")
+    return [name.startswith(start) for start in names].index(True), name
+
+
+def make_losses(per_pair):
+    """The card's losses, of read_pair's losses for every pair: paired by window."""
+    def mean_windows(name):  # (pairs, M, 2)
+        return np.stack([np.mean([rows[name].numpy() for rows in seeds_of], axis=0)
+                         for seeds_of in per_pair])
+
+    base = mean_windows("dense")
+    rows = []
+    for name in per_pair[0][0]:
+        values = mean_windows(name)
+        difference = values[..., 0] - base[..., 0]  # (pairs, M)
+        mean, error = mean_and_error(difference.mean(0))
+        rows.append({
+            "name": name,
+            "loss": float(values[..., 0].mean()),
+            "over_seeds": spread([[v] for v in values[..., 0].mean(1)]),
+            "minus_dense": mean,
+            "minus_dense_error": error,
+            "minus_dense_over_seeds": spread([[v] for v in difference.mean(1)]),
+            "kl": float(values[..., 1].mean()),
+        })
+    return rows
+
+
+# -----------------------------------------------------------------------------
+# tables and picture
+
+
+def with_spread(number, form=".3f"):
+    """Text of a summary: mean [interval] +- spread."""
+    if number is None:
+        return ""
+    text = f"{number['mean']:{form}}"
+    if number["interval"]:
+        low, high = number["interval"]
+        text += f" [{low:{form}}, {high:{form}}]"
+    if number["over_seeds"] is not None:
+        text += f" +- {number['over_seeds']:{form}}"
+    return text
+
+
+def against_reference(number):
+    """Text of a summary's difference to the reference row."""
+    if number is None or "difference" not in number:
+        return ""
+    low, high = number["difference_interval"]
+    return f"{number['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def markdown(columns, rows):
+    """Lines of a table."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def loss_table(losses):
+    rows = []
+    for row in losses:
+        spread_text = "" if row["over_seeds"] is None else f" +- {row['over_seeds']:.3f}"
+        rows.append([row["name"], f"{row['loss']:.4f}{spread_text}",
+                     f"{row['minus_dense']:+.4f} ({row['minus_dense_error']:.4f})",
+                     f"{row['kl']:.4f}"])
+    return markdown(["loss", "nats a token", "minus dense (s.e.)", "KL"], rows)
+
+
+def plain(number, form=".3f"):
+    return "" if number is None else f"{number['mean']:{form}}"
+
+
+def probe_table(rows):
+    cells = []
+    for row in rows:
+        cells.append([row["name"], with_spread(row["one_f1"]), against_reference(row["one_f1"]),
+                      plain(row["one_balanced_accuracy"]), plain(row["one_auc"]),
+                      with_spread(row["five_f1"]), against_reference(row["five_f1"]),
+                      plain(row["five_balanced_accuracy"]), plain(row["five_auc"])])
+    return markdown(["sparse probing", "1 feature: F1", "to the SAE", "bal. acc.", "AUC",
+                     "5 features: F1", "to the SAE", "bal. acc.", "AUC"], cells)
+
+
+def causal_table(rows):
+    cells = []
+    for row in rows:
+        if row.get("steering_share"):
+            share = row["steering_share"]
+            cells.append([row["name"], with_spread(share), against_reference(share),
+                          plain(row["fall"], ".4f"), plain(row["change"], ".4f"),
+                          with_spread(row["specificity"])])
+    return markdown(["causal", "steering, share of the gradient's", "to the SAE",
+                     "ablation: fall", "change with the label", "specificity"], cells)
+
+
+def codes_table(rows):
+    names = ("token_entropy", "token_entropy_by_use", "label_entropy", "label_entropy_by_use",
+             "dead", "rare", "active", "explained")
+    cells = []
+    for row in rows:
+        if row["codes"]:
+            cells.append([row["name"], *(f"{row['codes'].get(name, math.nan):.3g}"
+                                         for name in names)])
+    return markdown(["codes", *(name.replace("_", " ") for name in names)], cells)
+
+
+def absorption_table(rows):
+    cells = []
+    for row in rows:
+        if row["absorption"]:
+            cells.append([row["name"], *(f"{value:.3f}" for value in row["absorption"].values())])
+    if not cells:
+        return []
+    return markdown(["absorption", "fraction", "full", "probe F1", "letters"], cells)
+
+
+def text_of(card):
+    """The card as lines of Markdown."""
+    lines = [f"{key}: {value}" for key, value in card["header"].items()]
+    lines += ["", *loss_table(card["losses"])]
+    for layer in sorted({row["layer"] for row in card["rows"]}):
+        rows = [row for row in card["rows"] if row["layer"] == layer]
+        lines += ["", f"layer {layer}", "", *probe_table(rows), "", *causal_table(rows), ""]
+        lines += [*codes_table(rows), "", *absorption_table(rows)]
+    return lines
+
+
+STYLE = (
+    "text{fill:#222}svg{background:#fff}.grid{stroke:#8884}.bar{stroke:#36c;stroke-width:2}"
+    "circle{fill:#36c}.ours circle{fill:#d60}.ours .bar{stroke:#d60}"
+    "@media(prefers-color-scheme:dark){text{fill:#ddd}svg{background:#111}}"
+)
+PANELS = (
+    ("one_f1", "F1, best feature"),
+    ("five_f1", "F1, 5 features"),
+    ("steering_share", "steering, share of the gradient's"),
+)
+
+
+def chart(rows):
+    """Scores with their intervals as SVG text, in light and dark; Cayley's rows in orange."""
+    left, panel, gap, line, top = 260, 200, 30, 22, 60
+    height = top + line * len(rows) + 20
+    width = left + len(PANELS) * (panel + gap)
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+             'font-family="sans-serif" font-size="12">', f"<style>{STYLE}</style>"]
+    for number, (key, title) in enumerate(PANELS):
+        x0 = left + number * (panel + gap)
+        parts.append(f'<text x="{x0}" y="20">{title}</text>')
+        for share in (0, 0.5, 1):
+            x = x0 + panel * share
+            parts += [
+                f'<line class="grid" x1="{x}" x2="{x}" y1="{top - 12}" y2="{height - 20}"/>',
+                f'<text x="{x}" y="{top - 20}" text-anchor="middle">{share}</text>',
+            ]
+        for i, row in enumerate(rows):
+            score = row.get(key)
+            if score is None:
+                continue
+            y = top + line * i
+            low, high = score["interval"]
+            ends = [x0 + panel * min(1.0, max(0.0, v)) for v in (low, high, score["mean"])]
+            ours = ' class="ours"' if row["name"].startswith("Cayley") else ""
+            parts.append(f'<g{ours}><line class="bar" x1="{ends[0]:.1f}" x2="{ends[1]:.1f}" '
+                         f'y1="{y}" y2="{y}"/><circle cx="{ends[2]:.1f}" cy="{y}" r="4"/></g>')
+    several = len({row["layer"] for row in rows}) > 1
+    for i, row in enumerate(rows):
+        name = f"layer {row['layer']}: {row['name']}" if several else row["name"]
+        parts.append(f'<text x="{left - 12}" y="{top + line * i + 4}" text-anchor="end">'
+                     f"{escape(name)}</text>")
+    return "\n".join(parts + ["</svg>"])
+
+
+# -----------------------------------------------------------------------------
+# the script
+
+
+def check_settings():
+    """Raise ValueError for a setting that makes no sense, before anything is loaded."""
+    least = {"seeds": 1, "sae_tokens": 1, "label_tokens": 1, "fit_tokens": 1, "score_tokens": 1,
+             "causal_tokens": 1, "n_windows": 2, "batch_size": 1}
+    for key, smallest in least.items():
+        if SETTINGS[key] < smallest:
+            raise ValueError(f"{key}={SETTINGS[key]}: must be at least {smallest}")
+    if not sae_lr > 0:
+        raise ValueError(f"sae_lr={sae_lr}: must be above 0")
+    if not dense:
+        raise ValueError("dense='': give the dense twin's checkpoint, --dense=dense.pt")
+    n_ckpt, n_dense = len(ckpt.split(",")), len(dense.split(","))
+    if n_ckpt != n_dense:
+        raise ValueError(f"{n_ckpt} checkpoints in --ckpt and {n_dense} in --dense: there must be "
+                         "one dense twin for each, in the same order")
+
+
+def chosen_layers(n_layer):
+    """The layers that the setting names. Raises ValueError for one that isn't there."""
+    if not layers:
+        return [n_layer // 2]
+    try:
+        chosen = sorted({int(layer) for layer in layers.split(",")})
+    except ValueError:
+        raise ValueError(f"layers={layers!r}: write numbers and commas, as '1,2'") from None
+    if chosen[0] < 0 or chosen[-1] >= n_layer:
+        raise ValueError(f"layers={layers!r}: the model's layers are 0 to {n_layer - 1}")
+    return chosen
+
+
+def header(pairs, data, at_layers):
+    """What is compared with what, as a dict of texts and numbers."""
+    cayley = pairs[0].cayley
+    width, k = code_shape(cayley.saes()[0])
+    n_parameters = cayley.get_num_params()
+    lines = {
+        "Cayley": f"{ckpt}, levels {cayley.config.cayley_levels}",
+        "dense": dense,
+        "model": f"{n_parameters:,} parameters, d={cayley.config.n_embd}, "
+                 f"{cayley.config.n_layer} layers",
+        "matching": f"{width:,} features, {k} active ({k / cayley.config.n_embd:.1%} of d), at the "
+                    f"MLP's input of layer {', '.join(map(str, at_layers))} for every sparse row",
+        "tokens of the models": ", ".join(f"{a:,} and {b:,}" for a, b in
+                                          (pair.tokens for pair in pairs)),
+        "tokens of a post-hoc SAE": f"{sae_tokens:,}",
+        "seeds": f"{len(pairs)} of training, {seeds} of post-hoc SAEs each",
+        "data": f"{data.fit.windows[:, :-1].size:,} tokens to fit on, "
+                f"{data.score.windows[:, :-1].size:,} of "
+                f"{int(data.score.documents.max()) + 1} documents to score",
+        "labels": ", ".join(data.names),
+    }
+    if data.encoding.name == "gpt2" and n_parameters < 1e9:
+        lines["warning"] = ("absorption is made for models that can spell, SAEBench's default "
+                            f"being Gemma-2-2B; this one has {n_parameters:,} parameters")
+    return lines
+
+
+def load_all(target):
+    """Every Pair, and the Data that all share. Raises ValueError where they can't."""
+    pairs, configs = [], []
+    for paths in zip(ckpt.split(","), dense.split(",")):
+        pair, pair_configs = load_pair(*paths, target)
+        pairs.append(pair)
+        configs += pair_configs
+    for key in ("tokenizer", "block_size", "vocab_size", "n_layer", "n_embd"):
+        values = {config[key] for config in configs}
+        if len(values) > 1:
+            raise ValueError(f"the checkpoints differ in {key}: {sorted(values, key=str)}")
+    levels = {pair.cayley.config.cayley_levels for pair in pairs}
+    if len(levels) > 1:
+        raise ValueError(f"the checkpoints differ in cayley_levels: {sorted(levels)}")
+    return pairs, load_data(configs[0])
+
+
+def main():
+    global SETTINGS
+    SETTINGS = configure(globals())
+    check_settings()
+    target = pick_device(device)
+    pairs, data = load_all(target)
+    at_layers = chosen_layers(len(pairs[0].cayley.blocks))
+    with lock(out_dir):
+        read = [read_pair(pair, data, at_layers)
+                for pair in tqdm(pairs, desc="pairs", unit="pair", disable=None)]
+        card = {
+            "header": header(pairs, data, at_layers),
+            "settings": SETTINGS,
+            "labels": data.names,
+            "losses": make_losses([losses for losses, _ in read]),
+            "rows": make_rows([rows for _, rows in read], data),
+        }
+        write_json(os.path.join(out_dir, "scorecard.json"), card)
+        write_text(os.path.join(out_dir, "scorecard.svg"), chart(card["rows"]))
+    print("\n".join(text_of(card)))
+
+
+SETTINGS = {}  # as configure has resolved them
+
+
+if __name__ == "__main__":
+    run_main(main)
