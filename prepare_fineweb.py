@@ -48,7 +48,7 @@ source = "fineweb-edu"  # or files and globs of .txt, .jsonl, .parquet, with com
 out_dir = "data/fineweb_edu"  # directory of the bins: train.py's data_dir
 tokenizer = "gpt2"  # or "bytes": 256 bytes and end of text, no download
 tokens = 25_000_000_000  # stop after this many, val included
-val_tokens = -1  # -1: about 1%, at most 10M; 0: none, as on the second machine and after
+val_tokens = 10_000_000  # by default not over 1% of the source; 0: none, as on a second machine
 shard_tokens = 100_000_000
 skip = 0  # documents to leave out at the start
 shard = "0/1"  # i/n: the i-th of n consecutive parts: of FineWeb-Edu's files, or of the documents
@@ -56,12 +56,13 @@ on_error = "refuse"  # invalid UTF-8 in .txt and .jsonl; or "replace" by U+FFFD;
 workers = 0  # tokenizer threads; 0: one per core
 verify = ""  # a directory to check instead
 
+DEFAULT_VAL_TOKENS = val_tokens
 WAITS = (1, 10, 60, 300)  # seconds before each new attempt at what a network or a disk refused
 MISTAKES = (  # bad input, and ours: another attempt would meet them again
     ValueError, TypeError, AttributeError, NameError, LookupError, ImportError, AssertionError
 )
 DATA_SET = "HuggingFaceFW/fineweb-edu"
-BYTES_PER_TOKEN = {"gpt2": 4, "bytes": 1}  # roughly, for val_tokens=-1 and the progress bar
+BYTES_PER_TOKEN = {"gpt2": 4, "bytes": 1}  # roughly, for the default val split and the progress bar
 
 # -----------------------------------------------------------------------------
 # the hub: its calls are these two, which tests replace by a local folder
@@ -459,8 +460,7 @@ def open_meta(arguments):
     """
     The meta.json of out_dir, or None if no shard was written there.
 
-    arguments: its val_tokens of -1 becomes what it was. Raises ValueError if out_dir was prepared
-    with other arguments, or has bins of unknown origin.
+    Raises ValueError if out_dir was prepared with other arguments, or has bins of unknown origin.
     """
     if not os.path.exists(os.path.join(out_dir, "meta.json")):
         if glob.glob(os.path.join(out_dir, "*.bin")):
@@ -473,8 +473,6 @@ def open_meta(arguments):
         raise ValueError(f"{out_dir} was begun by an older prepare_fineweb.py, which left no place "
                          "to go on from: choose another --out_dir")
     before = meta.get("arguments", {})
-    if arguments["val_tokens"] == -1:
-        arguments["val_tokens"] = before.get("val_tokens")
     if not meta["complete"]:
         if before["on_error"] == "refuse":
             before["on_error"] = on_error  # what is written had no error
@@ -488,10 +486,8 @@ def open_meta(arguments):
 
 
 def new_meta(arguments, encoding, part, parts):
-    """The meta.json of a directory without shards, written there; a val_tokens of -1 is chosen."""
+    """The meta.json of a directory without shards, written there."""
     commit, files = list_files(part, parts)
-    if arguments["val_tokens"] == -1:
-        arguments["val_tokens"] = min(10_000_000, expected_tokens(files, parts) // 100)
     meta = {
         "tokenizer": tokenizer,
         "vocab_size": encoding.n_vocab,
@@ -564,9 +560,12 @@ def open_documents(meta, part, parts):
     return itertools.islice(rows, left), taken
 
 
-def next_shard(meta, stream, bar):
-    """Write the next shard and record it in meta -> False if nothing is left to write."""
-    n_val = meta["arguments"]["val_tokens"]
+def next_shard(meta, n_val, stream, bar):
+    """
+    Write the next shard and record it in meta -> False if nothing is left to write.
+
+    n_val: tokens of the val split, which is the first shard unless it has none.
+    """
     left = tokens - sum(meta["tokens"].values())
     split = "val" if n_val and not meta["shards"] else "train"
     number = sum(shard["split"] == split for shard in meta["shards"])
@@ -608,17 +607,18 @@ def prepare(arguments):
     rows, taken = open_documents(meta, part, parts)
     stream = TokenStream(encoded(rows, encoding, workers or os.cpu_count()), taken)
     total = expected_tokens(meta["files"], parts)
+    n_val = min(val_tokens, total // 100) if val_tokens == DEFAULT_VAL_TOKENS else val_tokens
     written = sum(meta["tokens"].values())
     with tqdm(total=total, initial=written, unit="tok", unit_scale=True) as bar:
-        while next_shard(meta, stream, bar):
+        while next_shard(meta, n_val, stream, bar):
             write_json(os.path.join(out_dir, "meta.json"), meta)
         bar.total = sum(meta["tokens"].values())
     shutil.rmtree(os.path.join(out_dir, "downloads"), ignore_errors=True)
     if not meta["tokens"]["train"]:
-        n_val = meta["tokens"]["val"]
+        n_tokens = meta["tokens"]["val"]
         clear(meta)
-        raise ValueError(f"{source!r} has {n_val} tokens here and val_tokens="
-                         f"{arguments['val_tokens']} takes them all: lower --val_tokens")
+        raise ValueError(f"{source!r} has {n_tokens} tokens here and val_tokens={val_tokens} "
+                         "takes them all: lower --val_tokens")
     meta["complete"] = True
     write_json(os.path.join(out_dir, "meta.json"), meta)
     return meta
@@ -646,7 +646,7 @@ def main():
         faults = verify_shards(verify)
         print("\n".join(faults) or f"{verify}: every shard is as meta.json says")
         sys.exit(bool(faults))
-    least = {"tokens": 1, "shard_tokens": 1, "val_tokens": -1, "skip": 0, "workers": 0}
+    least = {"tokens": 1, "shard_tokens": 1, "val_tokens": 0, "skip": 0, "workers": 0}
     for key, low in least.items():
         if config[key] < low:
             raise ValueError(f"{key}={config[key]}: must be at least {low}")

@@ -280,6 +280,23 @@ def test_a_stopped_preparation_goes_on_to_the_same_bytes(prepared, tmp_path):
             assert (out / shard["file"]).read_bytes() == (prepared / shard["file"]).read_bytes()
 
 
+def test_a_preparation_stopped_again_and_again_in_one_document(tmp_path):
+    (tmp_path / "book.txt").write_text("All work and no play. " * 200)
+    settings = dict(source=tmp_path / "book.txt", val_tokens=0, shard_tokens=1000)
+    prepared_well(tmp_path / "whole", **settings)
+    whole = contents(tmp_path / "whole")
+    shards = read_meta(tmp_path / "whole")["shards"]
+    assert [shard["cursor"]["token"] for shard in shards] == [1000, 2000, 3000, 4000, 4401]
+    for n_kept in range(1, len(shards)):
+        out = copied(tmp_path / "whole", tmp_path / str(n_kept))
+        for shard in shards[n_kept:]:
+            (out / shard["file"]).unlink()
+        counts = {"train": 1000 * n_kept, "val": 0}
+        change_meta(out, shards=shards[:n_kept], tokens=counts, complete=False)
+        prepared_well(out, **settings)
+        assert contents(out) == whole
+
+
 def test_other_arguments_never_touch_an_existing_directory(prepared):
     before = contents(prepared)
     run = prepare(prepared, **{**read_meta(prepared)["arguments"], "val_tokens": 1600})
@@ -332,30 +349,27 @@ def run_and_kill(command, seconds, **options):
 def test_a_killed_part_ends_where_it_would_have_ended(tmp_path):
     """The end of a part of local files is a number of documents, counted anew after a restart."""
     texts = [f"{i} {text}" for i, text in enumerate(DOCUMENTS * 30)]
-    write_parquet(tmp_path / "a.parquet", [*texts[:70], "", None, *texts[70:]], row_group_size=16)
-    settings = dict(source=tmp_path / "a.parquet", shard="1/2", skip=3, val_tokens=0,
-                    shard_tokens=5000)
+    texts[70:70] = ["", None]
+    write_parquet(tmp_path / "a.parquet", texts, row_group_size=16)
+    settings = dict(source=tmp_path / "a.parquet", shard="1/3", skip=3, val_tokens=0,
+                    shard_tokens=3000)
     prepared_well(tmp_path / "whole", **settings)
-    whole = contents(tmp_path / "whole")
+    assert read_documents(tmp_path / "whole") == texts[53:70] + texts[72:101]
     shards = read_meta(tmp_path / "whole")["shards"]
+    assert len(shards) > 2
     for n_kept in range(1, len(shards)):
         out = copied(tmp_path / "whole", tmp_path / str(n_kept))
-        meta = read_meta(out)
         for shard in shards[n_kept:]:
             (out / shard["file"]).unlink()
-        counts = rows_of(shards[n_kept - 1], texts)
+        cursor = shards[n_kept - 1]["cursor"]
+        begun = texts[53:16 * cursor["row_group"] + cursor["row"] + 1]
+        n_documents = sum(map(bool, begun))
         change_meta(out, complete=False, shards=shards[:n_kept],
-                    tokens={"train": 5000 * n_kept, "val": 0}, **counts)
+                    tokens={"train": 3000 * n_kept, "val": 0},
+                    documents={"train": n_documents, "val": 0},
+                    skipped_documents=len(begun) - n_documents)
         prepared_well(out, **settings)
-        assert {**contents(out), "meta.json": b""} == {**whole, "meta.json": b""}
-        assert read_meta(out)["documents"] == meta["documents"]
-
-
-def rows_of(shard, texts):
-    """What meta.json counts up to a shard of the part of the test above."""
-    row = 16 * shard["cursor"]["row_group"] + shard["cursor"]["row"]
-    begun = row + 1 - ((len(texts) + 2) // 2 + 3)
-    return {"documents": {"train": begun, "val": 0}, "skipped_documents": 0}
+        assert contents(out) == contents(tmp_path / "whole")
 
 
 def test_two_preparations_of_one_directory(tmp_path):
@@ -383,7 +397,7 @@ def test_a_small_source_gets_a_small_val_split(tmp_path):
     assert run.returncode == 0, run.stderr
     assert read_meta(tmp_path / "bins")["tokens"] == {"train": 88_001 - 880, "val": 880}
     assert "25.0G" not in run.stderr  # the progress bar's end is the book's
-    prepared_well(tmp_path / "bins", source=tmp_path / "book.txt")  # -1 again: what it was
+    prepared_well(tmp_path / "bins", source=tmp_path / "book.txt")
     write_parquet(tmp_path / "book.parquet", [f"{i} word " * 300 for i in range(50)])
     prepared_well(tmp_path / "parquet", source=tmp_path / "book.parquet")
     counts = read_meta(tmp_path / "parquet")["tokens"]
