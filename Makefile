@@ -1,20 +1,39 @@
-# make demo: train a small model on Python's own text and sample from it; make test: the whole test suite.
-# Both install requirements.txt into .venv first; nothing else is downloaded.
+# make demo: train a small model on Python's own text and sample from it, on a CPU.
+# make test: the whole test suite. make dryrun: the published recipe's plan and memory, without a GPU.
+# make reference: the published recipe on 8 GPUs; GPUS=4 for fewer.
+# demo, dryrun and test install into .venv first; reference uses the Python that is active.
 
 PYTHON ?= python3
-RESUME = $(if $(wildcard out/demo/last.pt),resume,scratch)
+GPUS ?= 8
+PIP_INSTALL = .venv/bin/python -m pip install -q -c tests/constraints.txt
+RESUME = $(if $(wildcard out/$(1)/last.pt),resume,scratch)
 
 demo: .venv/installed
-	.venv/bin/python prepare_fineweb.py --source=python --tokenizer=bytes --out=data/python --val_tokens=200_000
-	.venv/bin/python train.py configs/demo.py --init_from=$(RESUME)
-	.venv/bin/python sample.py --ckpt out/demo/ckpt.pt --num_samples=2 --device=cpu
+	.venv/bin/python prepare_fineweb.py --source=python --tokenizer=bytes --out_dir=data/python \
+	    --val_tokens=200_000
+	.venv/bin/python train.py configs/demo.py --init_from=$(call RESUME,demo)
+	.venv/bin/python sample.py --ckpt=out/demo --num_samples=2 --device=cpu
 
-test: .venv/installed
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist worksteal  # two tests at a time, of one thread each
+test: .venv/tested
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist worksteal  # two tests at a time
 
-.venv/installed: requirements.txt
+dryrun: .venv/installed
+	.venv/bin/python train.py configs/cayley_small_2L.py --dry_run
+
+reference:
+	$(PYTHON) prepare_fineweb.py
+	torchrun --nproc_per_node=$(GPUS) train.py configs/cayley_small_2L.py \
+	    --init_from=$(call RESUME,cayley_small_2L)
+	$(PYTHON) evals.py --ckpt=out/cayley_small_2L --hellaswag=hub --lambada=hub --ppl=hub
+	$(PYTHON) sample.py --ckpt=out/cayley_small_2L --start="The reason is"
+
+.venv/installed: requirements.txt tests/constraints.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install -q -r requirements.txt
+	$(PIP_INSTALL) -r requirements.txt
 	touch $@
 
-.PHONY: demo test
+.venv/tested: .venv/installed tests/requirements.txt
+	$(PIP_INSTALL) -r tests/requirements.txt
+	touch $@
+
+.PHONY: demo test dryrun reference

@@ -11,8 +11,10 @@ and log.csv.
 """
 import contextlib
 import csv
+import errno
 import importlib.util
 import inspect
+import io
 import itertools
 import math
 import os
@@ -608,20 +610,25 @@ class Log:
         if self.wandb:
             self.wandb.log(row, step=row["iter"])
         self.waiting.append(row)
+        text = io.StringIO(newline="")
+        csv.DictWriter(text, self.columns).writerows(self.waiting)
         try:
-            size = os.path.getsize(self.path)
-            with open(self.path, "a", newline="") as file:
-                try:
-                    csv.DictWriter(file, self.columns).writerows(self.waiting)
-                    file.flush()
-                except OSError:
-                    os.truncate(self.path, size)  # no half a row
-                    raise
-            self.waiting = []
+            append(self.path, text.getvalue().encode())
         except OSError as error:
             if len(self.waiting) == 1:
                 print(f"{self.path} can't be written ({error.strerror}): its rows are kept in "
                       "memory until it can", file=sys.stderr)
+        else:
+            self.waiting = []
+
+
+def append(path, content):
+    """Append bytes to a file, all or none. Raises OSError on a full disk."""
+    with open(path, "ab", buffering=0) as file:  # a buffer would be written again at its closing
+        size = os.fstat(file.fileno()).st_size
+        if file.write(content) < len(content):
+            file.truncate(size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def log_columns(model):

@@ -1,0 +1,288 @@
+"""train.py's runs: what a resume refuses, who may share a directory, how a run stops and fails."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import (
+    ENVIRONMENT,
+    ROOT,
+    arguments,
+    contents,
+    log_rows,
+    make_data,
+    run_script,
+    run_training,
+    train_command,
+)
+
+
+def copy_of(run, tmp_path):
+    return shutil.copytree(run, tmp_path / "run")
+
+
+def start(data_dir, out_dir, ranks=1, **settings):
+    return subprocess.Popen(
+        train_command(data_dir, out_dir, ranks, **settings),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+
+
+def wait_for(process, text):
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(process.stderr.read())
+
+
+# -----------------------------------------------------------------------------
+# resume
+
+
+@pytest.mark.parametrize("settings, words", [
+    (dict(seed=1338), ["seed=1337, not 1338"]),
+    (dict(batch_size=2), ["batch_size * gradient_accumulation_steps = 16, not 8"]),
+    (dict(seed=7, batch_size=8), ["seed=1337, not 7 and batch_size * gradient"]),
+])
+def test_resume_refuses_other_batches(trained, data_dir, tmp_path, settings, words):
+    run = copy_of(trained, tmp_path)
+    before = contents(run)
+    result = run_training(data_dir, run, init_from="resume", max_iters=22, **settings)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
+    for word in [*words, "--resume_anyway"]:
+        assert word in result.stderr
+    assert contents(run) == before
+
+
+def test_resume_takes_other_batches_when_told_to(trained, data_dir, tmp_path):
+    run = copy_of(trained, tmp_path)
+    settings = dict(init_from="resume", max_iters=22, seed=1338, resume_anyway=True)
+    result = run_training(data_dir, run, **settings)
+    assert result.returncode == 0, result.stderr
+    assert list(log_rows(run)) == list(range(22))
+
+
+def test_resume_takes_the_same_windows_in_other_micro_batches(trained, data_dir, tmp_path):
+    run = copy_of(trained, tmp_path)
+    settings = dict(init_from="resume", max_iters=21, batch_size=8, gradient_accumulation_steps=2)
+    result = run_training(data_dir, run, **settings)
+    assert result.returncode == 0, result.stderr
+
+
+def test_resume_refuses_other_data_of_as_many_windows(trained, data_dir, tmp_path):
+    other = make_data(tmp_path / "bins")
+    meta = json.loads((other / "meta.json").read_text())
+    shard = next(shard for shard in meta["shards"] if shard["split"] == "train")
+    shard["sha256"] = "0" * 64
+    (other / "meta.json").write_text(json.dumps(meta))
+    run = copy_of(trained, tmp_path)
+    result = run_training(other, run, init_from="resume", max_iters=22)
+    assert result.returncode == 1 and "other shards than those of" in result.stderr
+
+
+def test_a_finished_run_says_so(trained, data_dir, tmp_path):
+    run = copy_of(trained, tmp_path)
+    result = run_training(data_dir, run, init_from="resume")
+    assert result.returncode == 0
+    assert "has its 20 iterations already: a larger --max_iters goes on" in result.stdout
+
+
+def test_the_two_checkpoints_are_independent_files(trained, data_dir, tmp_path):
+    """A truncated last.pt leaves ckpt.pt whole, and copying that is the way on."""
+    run = tmp_path / "run"
+    assert run_training(data_dir, run, max_iters=10, lr_schedule="constant").returncode == 0
+    os.truncate(run / "last.pt", 1000)
+    refused = run_training(data_dir, run, init_from="resume", lr_schedule="constant")
+    assert refused.returncode == 1 and f"copy it to {run}/last.pt" in refused.stderr
+    shutil.copy(run / "ckpt.pt", run / "last.pt")
+    result = run_training(data_dir, run, init_from="resume", lr_schedule="constant")
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda c: c.pop("optimizer"), ["lacks optimizer"]),
+    (lambda c: c.pop("best_val_loss"), ["lacks best_val_loss"]),
+    (lambda c: c["model"].pop("blocks.0.sae.mean"), ["doesn't fit", "blocks.0.sae.mean"]),
+    (lambda c: c["model"].update({"wte.weight": torch.zeros(3, 3)}), ["doesn't fit", "wte"]),
+    (lambda c: c["optimizer"].pop("muon"), ["doesn't fit", "muon"]),
+])
+def test_a_checkpoint_that_lacks_something_is_one_line(trained, data_dir, tmp_path, spoil, words):
+    run = copy_of(trained, tmp_path)
+    checkpoint = torch.load(run / "last.pt", weights_only=True)
+    spoil(checkpoint)
+    torch.save(checkpoint, run / "last.pt")
+    result = run_training(data_dir, run, init_from="resume", max_iters=22)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
+    assert all(word in result.stderr for word in words), result.stderr
+
+
+def test_a_log_without_a_header_is_refused_and_kept(trained, data_dir, tmp_path):
+    run = copy_of(trained, tmp_path)
+    (run / "log.csv").write_text("1,2,3\n4,5,6\n")
+    result = run_training(data_dir, run, init_from="resume", max_iters=22)
+    assert result.returncode == 1 and "log.csv" in result.stderr and "header" in result.stderr
+    assert (run / "log.csv").read_text() == "1,2,3\n4,5,6\n"
+
+
+def test_a_run_s_relative_data_is_found_from_elsewhere(data_dir, tmp_path):
+    command = train_command("bins", "run", max_iters=2, eval_interval=2)
+    os.symlink(data_dir, tmp_path / "bins")
+    subprocess.run(command, check=True, cwd=tmp_path, env=ENVIRONMENT, capture_output=True)
+    result = run_script(ROOT / "evals.py", f"--ckpt={tmp_path}/run", "--n_windows=4")
+    assert result.returncode == 0, result.stderr
+
+
+# -----------------------------------------------------------------------------
+# one run a directory
+
+
+def test_a_second_run_in_the_same_directory_is_refused(data_dir, tmp_path):
+    run = tmp_path / "run"
+    first = start(data_dir, run, max_iters=5000)
+    wait_for(first, "iter 3:")
+    for init_from in ("scratch", "resume"):
+        second = run_training(data_dir, run, init_from=init_from)
+        assert second.returncode == 1 and "another process works in it" in second.stderr
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    rows = log_rows(run)
+    assert list(rows) == list(range(len(rows)))  # nothing of the second runs
+    resumed = run_training(data_dir, run, init_from="resume", max_iters=5)
+    assert resumed.returncode == 0, resumed.stderr  # death has released the lock
+
+
+# -----------------------------------------------------------------------------
+# stopping
+
+
+def long_evaluation(data_dir, out_dir, **settings):
+    """A run in its first evaluation, of half a minute or more."""
+    process = start(data_dir, out_dir, eval_iters=100_000, batch_size=1, block_size=8, **settings)
+    wait_for(process, "training windows")
+    time.sleep(1)
+    return process
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_signal_ends_a_long_evaluation_with_a_checkpoint(data_dir, tmp_path, ranks):
+    run = tmp_path / "run"
+    process = long_evaluation(data_dir, run, ranks=ranks)
+    process.send_signal(signal.SIGTERM)
+    output, error = process.communicate(timeout=60)
+    checkpoint = torch.load(run / "last.pt", weights_only=True)
+    assert (checkpoint["iter"], checkpoint["evaluated"]) == (0, -1)
+    assert not log_rows(run, "val_loss")
+    if ranks == 1:
+        assert process.returncode == 0, error
+        assert "go on with --init_from=resume" in output
+
+
+def test_a_second_signal_ends_at_once(data_dir, tmp_path):
+    """Even where the first one can't be obeyed: the run is held up in a system call of its own."""
+    code = (
+        "import time, train\n"
+        "train.save = lambda *args, **keywords: time.sleep(600)\n"
+        "train.main()\n"
+    )
+    command = train_command(data_dir, tmp_path / "run", max_iters=5000, eval_interval=5000)
+    process = subprocess.Popen(
+        [command[0], "-u", "-c", code, *command[2:]],
+        cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )
+    wait_for(process, "iter 0: val loss")
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGINT
+
+
+def test_a_signal_ends_final_evals_and_keeps_the_run(data_dir, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("words and words\n" * 100_000)
+    settings = dict(final_evals=True, final_evals_args=f"--ppl={text}", max_iters=2)
+    process = start(data_dir, tmp_path / "run", **settings)
+    wait_for(process, "iter 2: val loss")
+    time.sleep(2)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1 and error.splitlines()[-1] == "train.py: interrupted"
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["iter"] == 2
+
+
+# -----------------------------------------------------------------------------
+# ranks
+
+
+def test_explained_and_dead_do_not_depend_on_the_ranks(data_dir, tmp_path):
+    """At the same weights: those of the start."""
+    settings = dict(gradient_accumulation_steps=6, max_iters=1, muon_lr=0.0, muon_min_lr=0.0)
+    settings.update(adamw_lr=0.0, adamw_min_lr=0.0)
+    for ranks in (1, 2, 3):
+        result = run_training(data_dir, tmp_path / str(ranks), ranks, **settings)
+        assert result.returncode == 0, result.stderr
+    for column in ("explained", "dead_0", "dead_1", "active_1"):
+        first = [log_rows(tmp_path / str(ranks), column)[0] for ranks in (1, 2, 3)]
+        assert first[0] == first[1] == first[2], column
+
+
+@pytest.mark.parametrize("settings, words", [
+    (dict(batch_size=0), "train.py: batch_size=0: must be at least 1"),
+    (dict(adamw_lr=1e30, warmup_iters=0), "train.py: iteration 1: loss"),
+])
+def test_torchrun_s_last_words_are_our_one_line(data_dir, tmp_path, settings, words):
+    result = run_training(data_dir, tmp_path / "run", 2, **settings)
+    assert result.returncode != 0
+    assert result.stderr.count(words) == 1
+    last = [line for line in result.stderr.splitlines() if line.strip("=- ")][-1]
+    assert words in last
+
+
+def test_no_deprecated_call_is_left(data_dir, tmp_path):
+    code = (
+        "import warnings; warnings.simplefilter('error', FutureWarning)\n"
+        "import train; train.main()\n"
+    )
+    command = train_command(data_dir, tmp_path / "run", max_iters=2, eval_interval=2)
+    script = tmp_path / "strict.py"
+    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    settings = [part for part in command[2:] if str(part).startswith("--")]
+    result = subprocess.run(
+        [*launch, script, *settings], capture_output=True, text=True, env=ENVIRONMENT
+    )
+    assert result.returncode == 0, result.stderr
+
+
+# -----------------------------------------------------------------------------
+# settings
+
+
+@pytest.mark.parametrize("text", [
+    "import sys; sys.argv[99]",
+    "n_layer = 1 / 0",
+    "raise KeyError('n_layer')",
+    "n_layer = {}['x']",
+])
+def test_a_config_that_raises_anything_is_one_line(tmp_path, text):
+    (tmp_path / "c.py").write_text(text + "\n")
+    result = run_script(ROOT / "train.py", tmp_path / "c.py")
+    assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
+    assert "c.py" in result.stderr and "Error" in result.stderr
+
+
+def test_a_vocabulary_that_is_too_small_names_a_size_that_is_not(data_dir, tmp_path):
+    result = run_training(data_dir, tmp_path / "run", vocab_size=100)
+    assert result.returncode == 1 and "set vocab_size=320" in result.stderr
+    settings = arguments(dict(max_iters=1, eval_interval=1))
+    command = [*train_command(data_dir, tmp_path / "run", vocab_size=320), *settings]
+    assert subprocess.run(command, capture_output=True, env=ENVIRONMENT).returncode == 0
