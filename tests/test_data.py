@@ -649,6 +649,9 @@ def test_the_next_file_is_fetched_meanwhile_and_each_removed_when_done(folder_as
 def test_a_restart_reads_one_row_group(folder_as_hub):
     """Those before it may be of any bytes."""
     files, folder, downloads, fetches = folder_as_hub
+    first_file = str(folder / "000_00000.parquet")
+    row_group, row, text = next(prepare_fineweb.file_rows(first_file, 0, 217))
+    assert (row_group, row, text.split()[1]) == (2, 17, "217")
     place = prepare_fineweb.Place("001_00000.parquet", 2, 17)
     path = folder / place.file
     metadata = pyarrow.parquet.ParquetFile(path).metadata
