@@ -17,13 +17,24 @@ written to cfg.json. W_enc and W_dec are dense: a level of 32,768 features at d=
 
 All formats need safetensors (pip install safetensors).
 """
+import ast
+import hashlib
+import math
 import os
 
 import torch
 
 from cayley import CayleySAE
 from configurator import configure, run_main
-from data import atomic, new_directory, run_windows, write_json
+from data import (
+    atomic,
+    get_tokenizer,
+    new_directory,
+    read_text,
+    run_windows,
+    write_json,
+    write_text,
+)
 from model import load_model
 
 # settings, see configurator.py
@@ -32,7 +43,7 @@ export_format = "safetensors"  # or "saelens"
 out_dir = "exported"  # a new directory
 data_dir = ""  # whose val split the gate's effect is measured on; "": that of the run
 
-FORMATS = ("safetensors", "saelens")
+END_OF_TEXT = "<|endoftext|>"
 N_WINDOWS = 8  # of the val split, for the gate's effect
 
 
@@ -50,14 +61,164 @@ def write_safetensors(path, tensors):
 # -----------------------------------------------------------------------------
 # safetensors
 
+def untied(model):
+    """Its state without lm_head.weight, which is wte.weight."""
+    state = model.state_dict()
+    del state["lm_head.weight"]
+    return state
+
+
 def export_safetensors(model, config, directory):
     """model.safetensors, without the tied lm_head.weight, and config.json."""
-    tensors = model.state_dict()
-    del tensors["lm_head.weight"]
-    write_safetensors(os.path.join(directory, "model.safetensors"), tensors)
+    write_safetensors(os.path.join(directory, "model.safetensors"), untied(model))
     write_json(os.path.join(directory, "config.json"), {
         "model_args": vars(model.config), "config": config,
     })
+
+
+# -----------------------------------------------------------------------------
+# Hugging Face
+
+MODELING = "modeling_cayley_gpt"
+
+
+def inlined_source(names):
+    """
+    Sources of this directory, such as "model.py", one after the other as one that imports no file
+    of this directory.
+
+    An import of a file that is not among them raises ImportError there. PyTorch knows operators by
+    name in a whole process, so theirs get a number of this source: versions don't mix.
+    """
+    here = os.path.dirname(os.path.abspath(__file__))
+    files = {file.removesuffix(".py") for file in os.listdir(here) if file.endswith(".py")}
+    parts = []
+    for name in names:
+        source = read_text(os.path.join(here, name))
+        lines = source.splitlines()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                modules = {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                modules = {node.module}
+            else:
+                continue
+            if modules & files:
+                inlined = {f"{module}.py" for module in modules} <= set(names)
+                indent = " " * node.col_offset
+                line = "" if inlined else f"{indent}raise ImportError('is not in this file')"
+                lines[node.lineno - 1:node.end_lineno] = [line] + [""] * (
+                    node.end_lineno - node.lineno)
+        parts.append("\n".join(lines))
+    source = "\n\n\n".join(parts) + "\n"
+    digest = hashlib.sha256(source.encode()).hexdigest()[:8]
+    return source.replace('custom_op("cayley::', f'custom_op("cayley_{digest}::')
+
+
+def byte_characters():
+    """The character that byte-level tokenizers write for each byte, as GPT-2 chose them."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    characters = {byte: chr(byte) for byte in printable}
+    characters.update({byte: chr(256 + i) for i, byte in enumerate(others)})
+    return characters
+
+
+def merged_pair(token, ranks):
+    """The two tokens (bytes) that byte-pair encoding merges last into a token of ranks."""
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 2:
+        pairs = [ranks.get(a + b, math.inf) for a, b in zip(parts, parts[1:])]
+        first = pairs.index(min(pairs))
+        parts[first:first + 2] = [parts[first] + parts[first + 1]]
+    return parts
+
+
+def tokenizer_json(encoding):
+    """tokenizer.json, for the tokenizers library, of a tiktoken Encoding: "gpt2" or "bytes"."""
+    characters = byte_characters()
+
+    def written(token):
+        return "".join(characters[byte] for byte in token)
+
+    tokens = [encoding.decode_single_token_bytes(i) for i in range(encoding.eot_token)]
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    merges = [merged_pair(token, ranks) for token in tokens if len(token) > 1]
+    words = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    words["use_regex"] = encoding.name == "gpt2"  # bytes are not divided into words
+    end_of_text = {"id": encoding.eot_token, "content": END_OF_TEXT, "special": True}
+    for flag in ("single_word", "lstrip", "rstrip", "normalized"):
+        end_of_text[flag] = False
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [end_of_text],
+        "normalizer": None,
+        "pre_tokenizer": words,
+        "post_processor": None,
+        "decoder": words,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "vocab": {written(token): rank for token, rank in ranks.items()},
+            "merges": [" ".join(map(written, pair)) for pair in merges],
+        },
+    }
+
+
+def hf_configs(model, encoding):
+    """What the folder's .json files hold, {name: value}, tokenizer.json aside."""
+    end = encoding.eot_token
+    special = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    padding_ids = list(range(encoding.n_vocab, model.config.vocab_size))
+    return {
+        "config.json": {
+            "architectures": ["CayleyGPTForCausalLM"],
+            "auto_map": {
+                "AutoConfig": f"{MODELING}.CayleyGPTConfig",
+                "AutoModelForCausalLM": f"{MODELING}.CayleyGPTForCausalLM",
+            },
+            "model_type": "cayley_gpt",
+            "dtype": "float32",
+            "tie_word_embeddings": True,
+            **vars(model.config),
+            **special,
+        },
+        "generation_config.json": {
+            **special,
+            "suppress_tokens": padding_ids or None,  # of the vocabulary: never sampled
+        },
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": END_OF_TEXT,
+            "eos_token": END_OF_TEXT,
+            "pad_token": END_OF_TEXT,
+            "padding_side": "left",
+            "model_max_length": model.config.block_size,
+            "model_input_names": ["input_ids", "attention_mask"],
+            "clean_up_tokenization_spaces": False,
+        },
+    }
+
+
+def export_hf(model, config, directory):
+    """A folder that transformers loads with trust_remote_code=True."""
+    def path(name):
+        return os.path.join(directory, name)
+
+    encoding = get_tokenizer(config["tokenizer"])
+    tensors = {f"gpt.{name}": tensor for name, tensor in untied(model).items()}
+    write_safetensors(path("model.safetensors"), tensors)
+    write_text(path(f"{MODELING}.py"), inlined_source(["cayley.py", "model.py", "hf_model.py"]))
+    for name, value in hf_configs(model, encoding).items():
+        write_json(path(name), value)
+    write_json(path("tokenizer.json"), tokenizer_json(encoding))
 
 
 # -----------------------------------------------------------------------------
@@ -172,10 +333,17 @@ def export_saelens(model, config, directory):
 # -----------------------------------------------------------------------------
 # the script
 
+EXPORTERS = {
+    "safetensors": export_safetensors,
+    "hf": export_hf,
+    "saelens": export_saelens,
+}
+
+
 def check_settings():
     """Raise ValueError for a format that doesn't exist, or whose package isn't installed."""
-    if export_format not in FORMATS:
-        formats = ", ".join(FORMATS)
+    if export_format not in EXPORTERS:
+        formats = ", ".join(EXPORTERS)
         raise ValueError(f"export_format={export_format!r}: must be one of {formats}")
     try:
         import safetensors.torch  # noqa: F401
@@ -189,10 +357,7 @@ def main():
     check_settings()
     with new_directory(out_dir) as directory:
         model, config = load_model(ckpt)
-        if export_format == "safetensors":
-            export_safetensors(model, config, directory)
-        else:
-            export_saelens(model, config, directory)
+        EXPORTERS[export_format](model, config, directory)
     print(f"{out_dir} is written")
 
 
