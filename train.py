@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+import account
 from configurator import configure, run_main
 from data import Windows, atomic, get_tokenizer, lock, write_json
 from evals import code_statistics, explained
@@ -80,23 +81,21 @@ weight_decay = 0.0  # of the matrices of the blocks
 # schedule, in iterations
 max_iters = 12716
 warmup_iters = 200
-lr_schedule = "linear_warmdown"  # or "cosine", "constant"
+lr_schedule = "linear_warmdown"  # or "cosine", "constant", "parity"
 warmdown_frac = 0.9  # of max_iters, for linear_warmdown
+# parity: flat until val loss is within the band above the target, a linear warmdown, and the end
+target_val_loss = 0.0  # nats per token
+parity_band = 0.207  # nats per token: what the published parity run's warmdown was given to gain
+parity_iters = 895  # of its warmdown
 # system
 device = "auto"  # "cuda", "cuda:1", "cpu", "mps"; auto: CUDA where there is one
 dtype = "auto"  # "bfloat16" (autocast) or "float32"; auto: bfloat16 on CUDA, float32 elsewhere
 torch_compile = True
+dry_run = False  # print the plan of the run and its memory on paper, and stop
 
-PEAK_BF16_FLOPS = {
-    "A100": 312e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "RTX 4090": 165e12,
-}
 CHOICES = {
     "init_from": ("scratch", "resume"),
-    "lr_schedule": ("linear_warmdown", "cosine", "constant"),
+    "lr_schedule": ("linear_warmdown", "cosine", "constant", "parity"),
     "dtype": ("auto", "bfloat16", "float32"),
 }
 AT_LEAST_1 = (
@@ -106,6 +105,7 @@ AT_LEAST_1 = (
     "batch_size",
     "gradient_accumulation_steps",
     "max_iters",
+    "parity_iters",
 )
 NOT_NEGATIVE = (
     "muon_lr",
@@ -116,6 +116,7 @@ NOT_NEGATIVE = (
     "warmup_iters",
     "seed",
     "save_patience",
+    "parity_band",
 )
 
 
@@ -133,27 +134,41 @@ def check_settings():
         raise ValueError("wandb_log=True, but wandb is not installed: pip install wandb")
     if not 0 <= warmdown_frac <= 1:
         raise ValueError(f"warmdown_frac={warmdown_frac}: must be from 0 to 1")
+    if lr_schedule == "parity" and not target_val_loss > 0:
+        raise ValueError(f"target_val_loss={target_val_loss}: lr_schedule='parity' needs the loss "
+                         "to reach, in nats per token")
 
 
-def get_lr(it, lr, min_lr):
-    """Learning rate at an iteration, from lr down to min_lr at max_iters."""
+def last_iter(parity_start=-1):
+    """The iteration at which training ends; parity_start: where parity's warmdown began, or -1."""
+    if parity_start >= 0:
+        return min(max_iters, parity_start + parity_iters)
+    return max_iters
+
+
+def get_lr(it, lr, min_lr, parity_start=-1):
+    """Learning rate at an iteration, from lr down to min_lr at the last one."""
     # 1) linear warmup from 0
     if it < warmup_iters:
         return lr * it / warmup_iters
     # 2) flat until the decay begins
+    decay_end = max_iters
     decay_start = {
         "linear_warmdown": (1 - warmdown_frac) * max_iters,
         "cosine": warmup_iters,
         "constant": max_iters,
+        "parity": parity_start if parity_start >= 0 else max_iters,
     }[lr_schedule]
+    if parity_start >= 0:
+        decay_end = parity_start + parity_iters
     if it <= decay_start:
         return lr
     # 3) decay
-    progress = min(1.0, (it - decay_start) / (max_iters - decay_start))
-    if lr_schedule == "linear_warmdown":
-        share = 1 - progress
-    else:
+    progress = min(1.0, (it - decay_start) / (decay_end - decay_start))
+    if lr_schedule == "cosine":
         share = (1 + math.cos(math.pi * progress)) / 2
+    else:
+        share = 1 - progress
     return min_lr + (lr - min_lr) * share
 
 
@@ -234,6 +249,11 @@ class State:
     windows_read: int = 0  # of the endless training order
     evaluated: int = -1  # the last iteration with an evaluation
     best_val_loss: float = math.inf
+    parity_start: int = -1  # where parity's warmdown began; -1: not yet
+
+    @property
+    def end(self):
+        return last_iter(self.parity_start)
 
 
 class Run(NamedTuple):
@@ -248,6 +268,11 @@ class Run(NamedTuple):
     model: torch.nn.Module  # the same, compiled and in DDP
     optimizer: MuonAdamW
     autocast: contextlib.AbstractContextManager
+
+
+def gpt_config(config):
+    """The model of these settings. Raises ValueError for an impossible one."""
+    return GPTConfig(**{field.name: config[field.name] for field in fields(GPTConfig)})
 
 
 def read_data(config):
@@ -376,12 +401,18 @@ def evaluate(run, state, log):
     state.evaluated = state.iter
     best = val_loss < state.best_val_loss
     state.best_val_loss = min(state.best_val_loss, val_loss)
+    in_band = val_loss <= target_val_loss + parity_band
+    if lr_schedule == "parity" and state.parity_start < 0 and in_band:
+        state.parity_start = state.iter
+        if run.ranks.master:
+            print(f"iter {state.iter}: val loss is within {parity_band} of {target_val_loss}: "
+                  f"warmdown to iteration {state.end}")
     if run.ranks.master:
         tokens = state.windows_read * block_size
         log.write({"iter": state.iter, "tokens": tokens, "val_loss": val_loss, **health})
         shown = "".join(f", {key} {value:.6g}" for key, value in health.items())
         print(f"iter {state.iter}: val loss {val_loss:.4f}{shown}")
-    save(run, state, best=best, last=state.iter >= max_iters)
+    save(run, state, best=best, last=state.iter >= state.end)
     return False
 
 
@@ -507,7 +538,8 @@ def load_last(config, train_windows):
     last, ckpt = out_path("last.pt"), out_path("ckpt.pt")
     try:
         checkpoint = load_checkpoint(last)
-        missing = {"optimizer", "rng", *State.__dataclass_fields__} - checkpoint.keys()
+        needed = {field.name for field in fields(State)} - {"parity_start"}  # it is newer
+        missing = {"optimizer", "rng", *needed} - checkpoint.keys()
         if missing:
             raise ValueError(f"{last}: it lacks {', '.join(sorted(missing))}")
     except ValueError as error:
@@ -560,7 +592,7 @@ def resume(run, state):
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{out_path('last.pt')}: it doesn't fit this model ({reason})") from None
     for field in fields(state):
-        setattr(state, field.name, checkpoint[field.name])
+        setattr(state, field.name, checkpoint.get(field.name, field.default))
     torch.set_rng_state(checkpoint["rng"]["cpu"])
     if run.ranks.device.type == "cuda" and checkpoint["rng"]["cuda"] is not None:
         torch.cuda.set_rng_state(checkpoint["rng"]["cuda"])
@@ -670,13 +702,12 @@ class Meter:
     def __init__(self, model, ranks, it):
         self.device = ranks.device
         self.tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
-        attention = 12 * n_layer * n_embd * block_size
-        self.flops_per_token = 6 * model.get_num_params() + attention
+        self.flops_per_token = account.flops_per_token(model.config)
         self.name = platform.processor() or "CPU"
         if self.device.type == "cuda":
             self.name = torch.cuda.get_device_name()
-        peaks = [flops for name, flops in PEAK_BF16_FLOPS.items() if name in self.name]
-        self.peak_flops = peaks[0] * ranks.world_size if peaks else None
+        card = account.find_device(self.name)
+        self.peak_flops = card.flops * ranks.world_size if card else None
         self.start(it)
 
     def start(self, it):
@@ -711,17 +742,18 @@ def train(run, state, log):
     meter = Meter(run.raw_model, ranks, state.iter)
     while True:
         it = state.iter
-        finished = it >= max_iters
+        finished = it >= state.end
         if (it % eval_interval == 0 or finished) and state.evaluated != it:
             if evaluate(run, state, log):
                 save(run, state, last=True)
                 return True
             meter.start(it)  # an evaluation's time isn't training's
+            finished = it >= state.end  # parity's warmdown may have begun
         if finished:
             return False
 
-        muon_rate = get_lr(it, muon_lr, muon_min_lr)
-        adamw_rate = get_lr(it, adamw_lr, adamw_min_lr)
+        muon_rate = get_lr(it, muon_lr, muon_min_lr, state.parity_start)
+        adamw_rate = get_lr(it, adamw_lr, adamw_min_lr, state.parity_start)
         run.optimizer.set_lr(muon_rate, adamw_rate)
 
         loss_sum = torch.zeros((), device=ranks.device)
@@ -764,7 +796,7 @@ def train(run, state, log):
         if ranks.master and state.windows_read // epoch_windows > epoch:
             print(f"iter {state.iter}: epoch {state.windows_read // epoch_windows} of the data "
                   "begins")
-        if stopping and state.iter < max_iters:
+        if stopping and state.iter < state.end:
             save(run, state, last=True)
             return True
 
@@ -782,7 +814,7 @@ def log_iteration(log, state, loss, grad_norm, muon_rate, adamw_rate, meter):
         **meter.read(it),
     }
     log.write(row)
-    minutes = (max_iters - it - 1) * meter.tokens_per_iter / row["tok_per_s"] / 60
+    minutes = (state.end - it - 1) * meter.tokens_per_iter / row["tok_per_s"] / 60
     mfu = f", MFU {row['mfu']:.1%}" if row["mfu"] else ""
     print(f"iter {it}: loss {loss:.4f}, lr {muon_rate:.2e} {adamw_rate:.2e}, "
           f"{row['tok_per_s']:,} tok/s{mfu}, {row['peak_memory_gb']:.2f} GB, "
@@ -811,8 +843,7 @@ def start_run(config, ranks):
     torch.manual_seed(seed)
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
     train_windows, val_windows = read_data(config)
-    model_args = {field.name: config[field.name] for field in fields(GPTConfig)}
-    raw_model = GPT(GPTConfig(**model_args)).to(ranks.device)
+    raw_model = GPT(gpt_config(config)).to(ranks.device)
     use_bf16 = dtype == "bfloat16" or dtype == "auto" and ranks.device.type == "cuda"
     return Run(
         config=config,
@@ -829,9 +860,50 @@ def start_run(config, ranks):
     )
 
 
+# -----------------------------------------------------------------------------
+# what a run would be
+
+
+def show_data():
+    """A line on the data of data_dir, as far as it is there."""
+    try:
+        train_windows = Windows(data_dir, "train", block_size)
+    except ValueError as error:
+        return f"not ready ({error})"
+    epochs = max_iters * gradient_accumulation_steps * batch_size / len(train_windows)
+    return (f"{data_dir}: tokenizer {train_windows.meta['tokenizer']}, {len(train_windows):,} "
+            f"training windows, read {epochs:.2f} times")
+
+
+def show_plan(config):
+    """Print settings, data, sizes, schedule and one rank's memory on paper: no GPU is needed."""
+    model_config = gpt_config(config)
+    world_size = int(os.environ.get("WORLD_SIZE", 8))
+    per_iter = gradient_accumulation_steps * batch_size * block_size
+    parameters = account.muon_parameters(model_config) + account.adamw_parameters(model_config)
+    print("settings: " + ", ".join(f"{key}={value!r}" for key, value in config.items()))
+    print(f"data: {show_data()}")
+    print(f"parameters: {parameters:,}, of which Muon's {account.muon_parameters(model_config):,}")
+    print(f"tokens: {max_iters:,} iterations of {per_iter:,} = {max_iters * per_iter:,}")
+    print(f"arithmetic: {account.flops_per_token(model_config) * max_iters * per_iter:.3g} FLOPs")
+    corners = {0, warmup_iters, int((1 - warmdown_frac) * max_iters), max_iters}
+    for it in sorted(corners):
+        rates = get_lr(it, muon_lr, muon_min_lr), get_lr(it, adamw_lr, adamw_min_lr)
+        print(f"iteration {it:,}: learning rates {rates[0]:.3g} (Muon), {rates[1]:.3g} (AdamW)")
+    print(f"memory of one of {world_size} ranks in bf16, on paper (torchrun sets the number):")
+    memory = account.memory_account(model_config, batch_size, world_size, compiled=torch_compile)
+    for name, size in memory.items():
+        print(f"  {name:26} {size / 1e9:8.2f} GB")
+    for card in account.CARDS:
+        fits = account.largest_batch(model_config, card * 1e9, world_size, torch_compile)
+        print(f"  a card of {card} GB holds batch_size up to {fits}")
+
+
 def main():
     config = configure(globals())
     check_settings()
+    if dry_run:
+        return show_plan(config)
     ranks = Ranks()
     run = start_run(config, ranks)
     final = prepare_final_evals(config) if final_evals else None
@@ -853,7 +925,7 @@ def main():
             print(f"{run.raw_model.get_num_params():,} parameters, {ranks.world_size} x "
                   f"{meter.name}, {meter.tokens_per_iter:,} tokens an iteration, "
                   f"{len(run.train_windows):,} training windows")
-            if state.iter >= max_iters:
+            if state.iter >= state.end:
                 print(f"{out_path('last.pt')} has its {state.iter} iterations already: a larger "
                       "--max_iters goes on")
         stopped = train(run, state, log)

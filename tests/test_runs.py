@@ -286,3 +286,54 @@ def test_a_vocabulary_that_is_too_small_names_a_size_that_is_not(data_dir, tmp_p
     settings = arguments(dict(max_iters=1, eval_interval=1))
     command = [*train_command(data_dir, tmp_path / "run", vocab_size=320), *settings]
     assert subprocess.run(command, capture_output=True, env=ENVIRONMENT).returncode == 0
+
+
+# -----------------------------------------------------------------------------
+# the parity schedule
+
+
+def test_parity_warms_down_at_its_threshold_and_ends(data_dir, tmp_path):
+    """Stopped in the warmdown and resumed, it is the same run."""
+    flat = dict(lr_schedule="constant", max_iters=40)
+    assert run_training(data_dir, tmp_path / "flat", **flat).returncode == 0
+    target = float(log_rows(tmp_path / "flat", "val_loss")[20])
+    parity = dict(lr_schedule="parity", target_val_loss=target - 0.05, parity_band=0.0501)
+    parity.update(parity_iters=7, max_iters=100)
+    whole = run_training(data_dir, tmp_path / "whole", **parity)
+    assert whole.returncode == 0, whole.stderr
+    assert "warmdown to iteration 27" in whole.stdout
+    rates = {it: float(rate) for it, rate in log_rows(tmp_path / "whole", "muon_lr").items()}
+    assert max(rates) == 26
+    assert {rates[it] for it in range(5, 21)} == {0.012}
+    assert rates[24] == pytest.approx(0.012 + (0.00015 - 0.012) * 4 / 7)
+    val_loss = log_rows(tmp_path / "whole", "val_loss")
+    assert list(val_loss) == [0, 10, 20, 27]
+    assert float(val_loss[27]) < target
+    parts = {**parity, "max_iters": 23}
+    assert run_training(data_dir, tmp_path / "parts", **parts).returncode == 0
+    resumed = run_training(data_dir, tmp_path / "parts", init_from="resume", **parity)
+    assert resumed.returncode == 0, resumed.stderr
+    assert log_rows(tmp_path / "parts") == log_rows(tmp_path / "whole")
+    assert log_rows(tmp_path / "parts", "muon_lr") == log_rows(tmp_path / "whole", "muon_lr")
+
+
+def test_parity_needs_a_target(data_dir, tmp_path):
+    result = run_training(data_dir, tmp_path / "run", lr_schedule="parity")
+    assert result.returncode == 1 and "target_val_loss=0.0" in result.stderr
+
+
+# -----------------------------------------------------------------------------
+# the dry run
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
+    config = ROOT / "configs" / "cayley_small_2L.py"
+    result = subprocess.run(
+        [sys.executable, ROOT / "train.py", config, "--dry_run"],
+        cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT,
+    )
+    assert result.returncode == 0, result.stderr
+    for text in ("data: not ready", "12,716 iterations of 1,572,864 = 20,000,538,624",
+                 "iteration 1,271: learning rates 0.012", "a card of 80 GB holds"):
+        assert text in result.stdout
+    assert not list(tmp_path.iterdir())
