@@ -14,6 +14,7 @@ import io
 import os
 import runpy
 from dataclasses import fields
+from typing import NamedTuple
 
 from cayley import CHUNK_BYTES, TABLE_BYTES, parse_levels
 from configurator import configure, run_main
@@ -34,6 +35,34 @@ RECIPES = (
 )
 CARDS = (80, 40, 24)  # GB
 USABLE = 0.9  # of a card: the rest is for CUDA, NCCL and fragmentation
+
+# -----------------------------------------------------------------------------
+# devices
+
+
+class Device(NamedTuple):
+    """What a data sheet says of a device."""
+
+    flops: float  # a second, bf16 products with sums in fp32, dense
+    bandwidth: float  # of its memory, bytes a second
+
+
+DEVICES = {  # a part of its name, the more special part first
+    "A100-SXM4-40GB": Device(312e12, 1.555e12),
+    "A100": Device(312e12, 2.0e12),
+    "H100 PCIe": Device(756e12, 2.0e12),
+    "H100": Device(989e12, 3.35e12),
+    "H200": Device(989e12, 4.8e12),
+    "B200": Device(2250e12, 8.0e12),
+    "RTX 4090": Device(165e12, 1.008e12),
+}
+
+
+def find_device(name):
+    """The Device that torch.cuda.get_device_name() names; None if it isn't in the table."""
+    matches = [device for part, device in DEVICES.items() if part in name]
+    return matches[0] if matches else None
+
 
 # -----------------------------------------------------------------------------
 # parameters and FLOPs

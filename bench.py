@@ -5,9 +5,12 @@ repeats.
     python bench.py                                   # every section, about 4 minutes on 2 cores
     python bench.py --section=layer --json_file=layer.json
     python bench.py --section=step --dtype=bf16 --torch_compile
+    python bench.py --device=cuda > bench_cuda.txt    # the gpu section; send that and its JSON
 
-Sections: layer, step, growth, flops, optimizer, sampling, data. Ratios are to the row they name.
+Sections: layer, step, growth, flops, optimizer, sampling, data; gpu. Ratios are to the row they
+name.
 """
+import gc
 import json
 import os
 import platform
@@ -17,6 +20,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +29,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+import account
 import cayley
 import prepare_fineweb
 from cayley import CayleySAE
@@ -34,13 +39,14 @@ from model import GPT, MLP, CausalSelfAttention, GPTConfig, pick_device
 from muon import Muon, MuonAdamW
 
 # settings, see configurator.py
-section = "all"  # or one of the sections above
+section = "all"  # or one of the sections above; all is gpu alone on CUDA
 device = "cpu"
 dtype = "fp32"  # or "bf16": autocast
 torch_compile = False  # a compiled cayley 2L as well, in the step section
 repeats = 3
 n_layer = 2  # of the models of the step section
-json_file = ""  # for all numbers
+json_file = ""  # for all numbers; bench_cuda.json on CUDA
+tiny = False  # the gpu section at sizes for a test
 
 # settings of child()
 model_name = "dense"  # of MODELS, for its peak memory
@@ -85,7 +91,8 @@ def interleaved(functions, repeats):
 
 
 def autocast():
-    return torch.autocast(device, torch.bfloat16, enabled=dtype == "bf16")
+    enabled = dtype == "bf16"
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=enabled)
 
 
 def show(title, rows):
@@ -546,6 +553,273 @@ def bench_data():
 
 
 # -----------------------------------------------------------------------------
+# gpu: in bf16 autocast at the reference's sizes, in under 5 minutes. Needs a CUDA device but for
+# its tiny sizes, which run on a CPU in the tests.
+
+
+class Sizes(NamedTuple):
+    shape: dict  # of GPTConfig, without levels
+    models: dict  # {name: cayley_levels}
+    batch_size: int
+    contexts: tuple  # tokens that sampling continues
+    n_samples: int  # by so many
+    copied_bytes: int  # to measure the memory's bandwidth
+    backend: str  # of torch.compile
+
+
+REFERENCE = Sizes(
+    shape={"n_layer": 12, "n_head": 8, "n_embd": 1024, "block_size": 1024, "vocab_size": 50304},
+    models=MODELS,
+    batch_size=32,
+    contexts=(64, 512),
+    n_samples=32,
+    copied_bytes=2**30,
+    backend="inductor",
+)
+TINY = Sizes(
+    shape={"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 64, "vocab_size": 256},
+    models={"dense": "", "cayley 2L": "5,4,0;8,6,16", "cayley 3L": "5,4,0;8,6,16;10,8,16"},
+    batch_size=2,
+    contexts=(8,),
+    n_samples=2,
+    copied_bytes=2**20,
+    backend="aot_eager",  # code generation for a CPU takes a minute
+)
+TIME_LIMIT = 200  # seconds, after which no further training step is begun
+
+
+def gpu_config(sizes, levels):
+    return GPTConfig(**sizes.shape, cayley_levels=levels)
+
+
+def kernel_names():
+    """Kernels that CayleySAE can be told to use."""
+    if device != "cpu" and hasattr(cayley, "use_kernels"):
+        return ["torch", "triton"]
+    return ["torch"]
+
+
+def switch_kernels(name):
+    """Have CayleySAE use the kernels of that name."""
+    if len(kernel_names()) > 1:
+        cayley.use_kernels(name)
+
+
+def normalised_input(sizes):
+    """The residual of a micro-batch as a CayleySAE sees it, bf16 (N, d)."""
+    n_tokens = sizes.batch_size * sizes.shape["block_size"]
+    x = torch.randn(n_tokens, sizes.shape["n_embd"], device=device)
+    return F.rms_norm(x, (x.shape[1],)).bfloat16()
+
+
+def check_kernels(sizes):
+    """Both kernels on one batch, for every bottleneck -> {model: what compare_kernels says}."""
+    if len(kernel_names()) == 1:
+        print("\nkernels: only PyTorch's are here, nothing to compare")
+        return {}
+    results = {}
+    for name, levels in sizes.models.items():
+        if levels:
+            sae = CayleySAE(sizes.shape["n_embd"], levels).to(device)
+            results[name] = cayley.compare_kernels(sae, normalised_input(sizes))
+            print(f"\nkernels, {name}: {results[name]}")
+    return results
+
+
+def measure_bandwidth(n_bytes):
+    """Bytes a second that a copy within the device's memory reads and writes."""
+    source = torch.empty(n_bytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    elapsed = interleaved({"copy": lambda: target.copy_(source)}, 5)["copy"]
+    return 2 * n_bytes / elapsed
+
+
+def tensor_bytes(*tensors):
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@torch.no_grad()
+def operator_functions(sizes, levels):
+    """{operator: (function, the bytes of its arguments and results)} on a micro-batch."""
+    x = normalised_input(sizes)
+    sae = CayleySAE(x.shape[1], levels).to(device)
+    inputs = select_inputs(sae, x)
+    ids, products = cayley.select(*inputs)
+    # p is p << shift on the deepest level, of which combine and project take ids
+    shifts = [sae.n - level.n for level in sae.levels for _ in range(level.k)]
+    ids = ids << torch.tensor(shifts, device=device)
+    weights = torch.randn(ids.shape, device=device, dtype=x.dtype)
+    return {
+        "select": (lambda: cayley.select(*inputs), tensor_bytes(*inputs[:3], ids, products)),
+        "combine": (
+            lambda: cayley.combine(ids, weights, sae.t, sae.n), tensor_bytes(ids, weights, x)
+        ),
+        "project": (
+            lambda: cayley.project(x, ids, sae.t, sae.n), tensor_bytes(ids, weights, x)
+        ),
+    }
+
+
+def bench_operators(sizes, bandwidth):
+    """
+    Milliseconds of each operator beside what the memory's bandwidth allows.
+
+    The bound: arguments are read and results written once. The atoms aren't in it.
+    """
+    rows = {}
+    for name, levels in sizes.models.items():
+        if not levels:
+            continue
+        for kernels in kernel_names():
+            switch_kernels(kernels)
+            functions = operator_functions(sizes, levels)
+            times = interleaved({key: function for key, (function, _) in functions.items()}, 5)
+            for key, (_, n_bytes) in functions.items():
+                bound = n_bytes / bandwidth
+                rows[f"{name}, {key}, {kernels}"] = {
+                    "ms": 1e3 * times[key],
+                    "MB": n_bytes / 1e6,
+                    "bound ms": 1e3 * bound,
+                    "x bound": times[key] / bound,
+                }
+    return show(f"operators, {sizes.batch_size} x {sizes.shape['block_size']} tokens, bf16", rows)
+
+
+def measure_step(sizes, levels, compiled):
+    """One row: a micro-batch's forward and backward, the optimizer's step, and peak memory."""
+    config = gpu_config(sizes, levels)
+    torch.manual_seed(0)
+    with torch.device(device):  # where its weights are drawn in no time
+        model = GPT(config)
+    optimizer = MuonAdamW(model, 1e-3, 1e-3)
+    windows = (sizes.batch_size, config.block_size + 1)
+    idx = torch.randint(config.vocab_size, windows, device=device)
+    forward = torch.compile(model, backend=sizes.backend) if compiled else model
+
+    # gradients are never cleared: so it is after the first of several micro-batches
+    def forward_backward():
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            _, loss = forward(idx[:, :-1], idx[:, 1:])
+        loss.backward()
+
+    def update():
+        optimizer.step()
+        for sae in model.saes():
+            sae.update_stats()
+
+    forward_backward()
+    update()
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+    times = interleaved({"both": forward_backward, "update": update}, 5)
+    n_tokens = sizes.batch_size * config.block_size
+    paper = account.memory_account(config, sizes.batch_size, compiled=compiled)
+    row = {
+        "fwd+bwd tok/s": n_tokens / times["both"],
+        "update ms": 1e3 * times["update"],
+        "account GB": paper["peak"] / 1e9,
+    }
+    if device != "cpu":
+        row["peak GB"] = torch.cuda.max_memory_allocated() / 1e9
+        known = account.find_device(torch.cuda.get_device_name())
+        if known:
+            flops = row["fwd+bwd tok/s"] * account.flops_per_token(config)
+            row["MFU %"] = 100 * flops / known.flops
+    return row
+
+
+def step_variants(sizes):
+    """(model, kernels, compiled), what matters most first."""
+    models = list(sizes.models)
+    kernels = kernel_names()[::-1]
+    variants = []
+    for compiled in (False, True):
+        for kernel in kernels:
+            for name in models:
+                if sizes.models[name]:
+                    variants.append((name, kernel, compiled))
+                elif kernel == kernels[0]:  # the dense twin has none
+                    variants.append((name, "", compiled))
+    return variants
+
+
+def bench_gpu_steps(sizes, start, compiled):
+    """Rows of training steps, as far as the time goes; what is left out is named."""
+    rows = {}
+    for name, kernels, is_compiled in step_variants(sizes):
+        if is_compiled != compiled:
+            continue
+        title = ", ".join(filter(None, [name, kernels, "compiled" if compiled else "eager"]))
+        if time.perf_counter() - start > TIME_LIMIT:
+            print(f"left out for want of time: {title}")
+            continue
+        switch_kernels(kernels or "torch")
+        try:
+            rows[title] = measure_step(sizes, sizes.models[name], compiled)
+        except torch.OutOfMemoryError:
+            print(f"out of memory: {title}")
+        gc.collect()
+        torch.compiler.reset()
+        if device != "cpu":
+            torch.cuda.empty_cache()
+    if not rows:
+        return rows
+    shape = f"{sizes.batch_size} x {sizes.shape['block_size']} tokens"
+    return show(f"training step, {sizes.shape['n_layer']} layers, {shape}, bf16", rows)
+
+
+def bench_gpu_sampling(sizes):
+    """Tokens a second of one sequence with the cache; reading the context is in the time."""
+    rows = {}
+    for name, levels in sizes.models.items():
+        with torch.device(device):
+            model = GPT(gpu_config(sizes, levels))
+        functions = {}
+        for context in sizes.contexts:
+            idx = torch.randint(sizes.shape["vocab_size"], (1, context), device=device)
+            functions[context] = lambda m=model, i=idx: m.generate(i, sizes.n_samples)
+        times = interleaved(functions, 3)
+        rows[name] = {f"tok/s at {key}": sizes.n_samples / t for key, t in times.items()}
+    return show(f"sampling {sizes.n_samples} tokens, one sequence, with the cache", rows)
+
+
+def fitting_sizes():
+    """The sizes to measure, with a micro-batch that all models have room for."""
+    if tiny:
+        return TINY
+    memory = torch.cuda.get_device_properties(device).total_memory
+    configs = [gpu_config(REFERENCE, levels) for levels in REFERENCE.models.values()]
+    fits = min(account.largest_batch(config, memory) for config in configs)
+    if fits < 1:
+        raise ValueError(f"{memory / 1e9:.0f} GB are too little for a micro-batch of 1")
+    return REFERENCE._replace(batch_size=min(REFERENCE.batch_size, fits))
+
+
+def bench_gpu():
+    if device == "cpu" and not tiny:
+        raise ValueError("section='gpu' needs --device=cuda (or --tiny, its sizes for a test)")
+    start = time.perf_counter()
+    torch.set_float32_matmul_precision("high")  # as train.py
+    sizes = fitting_sizes()
+    bandwidth = measure_bandwidth(sizes.copied_bytes)
+    known = account.find_device(torch.cuda.get_device_name()) if device != "cpu" else None
+    sheet = f", {known.bandwidth / 1e9:,.0f} by its data sheet" if known else ""
+    print(f"\nmemory bandwidth: {bandwidth / 1e9:,.0f} GB/s by a copy{sheet}")
+    results = {
+        "batch_size": sizes.batch_size,
+        "bandwidth": bandwidth,
+        "kernels": check_kernels(sizes),
+        "operators": bench_operators(sizes, bandwidth),
+        "eager": bench_gpu_steps(sizes, start, compiled=False),
+        "sampling": bench_gpu_sampling(sizes),
+        "compiled": bench_gpu_steps(sizes, start, compiled=True),
+        "seconds": time.perf_counter() - start,
+    }
+    print(f"\n{results['seconds']:.0f} seconds")
+    return results
+
+
+# -----------------------------------------------------------------------------
 
 SECTIONS = {
     "layer": bench_layer,
@@ -555,36 +829,55 @@ SECTIONS = {
     "optimizer": bench_optimizer,
     "sampling": bench_sampling,
     "data": bench_data,
+    "gpu": bench_gpu,
 }
 CHILD_SECTIONS = {"memory": peak_memory, "muon": muon_step, "loader": loader_rate}
 
 
+def machine():
+    """What the numbers were measured on."""
+    described = {
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "dtype": dtype,
+    }
+    if device != "cpu":
+        properties = torch.cuda.get_device_properties(device)
+        described["processor"] = properties.name
+        described["memory GB"] = round(properties.total_memory / 1e9, 1)
+        described["cuda"] = torch.version.cuda
+    return described
+
+
 def main():
     configure(globals())
-    pick_device(device)
+    target = pick_device(device)
+    on_cuda = target.type == "cuda"
+    if target.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={device!r}: must be 'cpu' or 'cuda'")
+    if target.index is not None:
+        torch.cuda.set_device(target)
     if dtype not in ("fp32", "bf16"):
         raise ValueError(f"dtype={dtype!r}: must be 'fp32' or 'bf16'")
     if section in CHILD_SECTIONS:
         print(json.dumps(CHILD_SECTIONS[section]()), flush=True)
         os._exit(0)  # see the end of train.py
-    if section != "all" and section not in SECTIONS:
+    names = [section]
+    if section == "all":
+        names = ["gpu"] if on_cuda else [name for name in SECTIONS if name != "gpu"]
+    elif section not in SECTIONS:
         raise ValueError(f"section={section!r}: must be all or one of {', '.join(SECTIONS)}")
-    processor = platform.processor() or platform.machine()
-    if device != "cpu":
-        processor = torch.cuda.get_device_name()
-    results = {
-        "machine": {
-            "processor": processor,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "dtype": dtype,
-        },
-    }
+    results = {"machine": machine()}
+    if names == ["gpu"]:
+        results["machine"]["dtype"] = "bf16"
     print(results["machine"])
-    for name in SECTIONS if section == "all" else [section]:
+    for name in names:
         results[name] = SECTIONS[name]()
-    if json_file:
-        write_json(json_file, results)
+    path = json_file or ("bench_cuda.json" if on_cuda else "")
+    if path:
+        write_json(path, results)
+        print(f"\n{path} is written")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,57 @@
+"""bench.py compares with the same layer, counts right, and its report for a GPU runs."""
+import json
+
+import pytest
+import torch
+from conftest import ROOT, run_script
+
+import bench
+from cayley import CayleySAE
+
+LEVELS = "6,8,0;9,16,32"
+
+
+def test_the_dense_dictionary_is_the_same_layer():
+    torch.manual_seed(0)
+    x = torch.nn.functional.rms_norm(torch.randn(20, 64), (64,)).requires_grad_()
+    outputs = [layer(64, LEVELS).eval()(x) for layer in (CayleySAE, bench.DenseDictionarySAE)]
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
+    gradients = [torch.autograd.grad(y.square().sum(), x)[0] for y in outputs]
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
+
+
+def test_flops_of_the_products():
+    """Counted inside the operator, against the account of cayley.py's way to score, by hand."""
+    walsh_64 = 2 * 64 * 32 + 2 * 64 * 2  # as 32 x 2
+    # a block of 32 of 512 features: 4 fixed bits, tail 2, chirp 3
+    chirps = 2 * 8 * 64 * 8  # 8 parents, 64 coordinates, 8 chirps
+    walsh_4 = 2 * 4 * 4 * 8 * 8
+    assert bench.scoring_flops(64, LEVELS) == walsh_64 + chirps + walsh_4
+
+
+def test_the_gpu_report_on_a_cpu(tmp_path):
+    path = tmp_path / "report.json"
+    result = run_script(ROOT / "bench.py", "--section=gpu", "--tiny", f"--json_file={path}")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(path.read_text())["gpu"]
+    models = ("cayley 2L", "cayley 3L")
+    for name in models:
+        for operator in ("select", "combine", "project"):
+            assert report["operators"][f"{name}, {operator}, torch"]["ms"] > 0
+    for way in ("eager", "compiled"):
+        assert set(report[way]) == {f"dense, {way}", *(f"{name}, torch, {way}" for name in models)}
+        for row in report[way].values():
+            assert row["fwd+bwd tok/s"] > 0 and row["account GB"] > 0
+    assert set(report["sampling"]) == {"dense", *models}
+    for row in report["sampling"].values():
+        assert all(rate > 0 for rate in row.values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_one_line_says_so():
+    result = run_script(ROOT / "bench.py", "--device=cuda")
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1 and "no CUDA device" in result.stderr
+    result = run_script(ROOT / "bench.py", "--section=gpu")
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1 and "--device=cuda" in result.stderr
