@@ -270,11 +270,12 @@ def english_words(pieces):
     opens_sentence = opens_line = True
     for piece in pieces:
         letters = start + len(piece) - len(piece.lstrip())  # where it stops to be space
-        first = inside.get(letters)
+        is_blank = letters == start + len(piece)
+        first = None if is_blank else inside.get(letters)
         starts_word = first == letters
         opens_line |= "\n" in text[start:letters]
         words.append(Word(piece, spans.get(first, ""), starts_word, before, quotes, brackets,
-                          opens_sentence and starts_word, opens_line))
+                          opens_sentence and starts_word, opens_line and not is_blank))
         for character in piece:
             if character == "\n":
                 quotes = brackets = False  # whatever a paragraph left open

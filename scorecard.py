@@ -18,15 +18,15 @@ Site: the input of a layer's MLP after the second norm, where the CayleySAE is; 
 fitted to that place of the dense twin, with Cayley's number of features and of active features.
 
 Rows: a feature's score at a token is its code as the MLP gets it, with its sign, and 0 where it is
-not active. "untrained code": a CayleySAE with the statistics of the dense twin's inputs and biases
-of 0. "random dictionary": the same layer with random atoms. "random model": Cayley's architecture
-with fresh weights, its statistics those of the data. "current token": the share of a token's
-occurrences that have the label, which needs no model.
+not active; either end of it may predict. "untrained code": a CayleySAE with the statistics of the
+dense twin's inputs and biases of 0. "random dictionary": the same layer with random atoms. "random
+model": Cayley's architecture with fresh weights, its statistics those of the data. "current token":
+the share of a token's occurrences that have the label, which needs no model.
 
 Sparse probing, after SAEBench's sparse_probing and sae-probes, at tokens.
-- one feature: predicted where it is active and its code is at least (or at most) a threshold.
-  Feature, side and threshold have the best F1 on the training documents, over all features. Of
-  dense rows, all active everywhere, the 8 of largest standardised mean difference are tried.
+- one feature: predicted where its code is at least a positive threshold, or at most a negative one.
+  Feature, side and threshold have the best F1 on the training documents, over all features. Dense
+  rows may have any threshold; of them the 8 of largest standardised mean difference are tried.
 - five: those of the largest |mean code with the label - mean code without|, and a logistic probe
   with an L2 penalty (scikit-learn's LogisticRegression(C=1)) at the threshold of the best F1.
 - means over labels of F1, balanced accuracy and AUC (of the code's value, ties counting half).
@@ -621,7 +621,7 @@ class Table:
 
 
 class Probe(NamedTuple):
-    """One feature that predicts a label: where it is active and sign * code >= threshold."""
+    """One feature that predicts a label: where sign * code >= threshold."""
 
     feature: int
     sign: int
@@ -667,9 +667,12 @@ def best_features(table, labels):
     probes = [None] * len(positives)
     for feature in candidates(table, mean_differences(table, labels)):
         rows, values = table.feature(feature)
-        hits = labels[rows]
         for sign in (1, -1):
-            f1, thresholds = best_cut(sign * values, hits, positives)
+            side = sign * values > 0 if table.dense is None else slice(None)
+            scores = sign * values[side]
+            if not len(scores):
+                continue
+            f1, thresholds = best_cut(scores, labels[rows[side]], positives)
             for label in np.flatnonzero(f1 > best):
                 best[label] = f1[label]
                 probes[label] = Probe(int(feature), sign, float(thresholds[label]))
@@ -750,12 +753,9 @@ def probe_one(fit, score, fit_labels, score_labels, documents):
     probes = best_features(fit, fit_labels)
     outcomes = []
     for probe, truth in zip(probes, score_labels.T):
-        column = score.column(probe.feature)
-        rows, _ = score.feature(probe.feature)
-        active = np.zeros(len(column), dtype=bool)
-        active[rows] = True
-        predicted = active & (probe.sign * column >= np.float32(probe.threshold))
-        outcomes.append(outcome(probe.sign * column, predicted, truth, documents))
+        scores = probe.sign * score.column(probe.feature)
+        predicted = scores >= np.float32(probe.threshold)
+        outcomes.append(outcome(scores, predicted, truth, documents))
     return probes, outcomes
 
 
