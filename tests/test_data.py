@@ -665,6 +665,16 @@ def test_a_restart_reads_one_row_group(folder_as_hub):
         rows(downloads, prepare_fineweb.Place("001_00000.parquet", 1, 99))
 
 
+def test_files_of_a_killed_preparation_are_used_if_their_size_is_right(folder_as_hub):
+    files, folder, downloads, fetches = folder_as_hub
+    Path(downloads.directory).mkdir()
+    whole = folder / "000_00000.parquet"
+    (Path(downloads.directory) / whole.name).write_bytes(whole.read_bytes())
+    write_parquet(Path(downloads.directory) / "001_00000.parquet", ["of another commit"])
+    assert rows(downloads) == sum(files, [])
+    assert fetches == ["001_00000.parquet", "002_00000.parquet"]
+
+
 @pytest.mark.parametrize("fault", ["missing", "truncated", "no parquet", "damaged"])
 def test_a_file_of_the_hub_that_is_not_whole_is_fetched_again_then_named(folder_as_hub, fault):
     files, folder, downloads, fetches = folder_as_hub
