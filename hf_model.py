@@ -157,7 +157,7 @@ class CayleyGPTForCausalLM(PreTrainedModel, GenerationMixin):
         that the GPT doesn't know.
         """
         for name in ("inputs_embeds", "position_ids", "output_attentions", "output_hidden_states"):
-            if kwargs.get(name) not in (None, False):
+            if kwargs.get(name) is not None and kwargs[name] is not False:
                 raise ValueError(f"{name}: this model doesn't take it")
         if use_cache is None:
             use_cache = self.config.use_cache

@@ -2,8 +2,10 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from safetensors.torch import load_file
 from safetensors.torch import load_model as load_safetensors
 
 import export
+from data import get_tokenizer
 from export import saelens_tensors
 from model import GPT, GPTConfig, load_model
 
@@ -30,7 +33,7 @@ def run_export(trained, export_format, out_dir, *settings):
 @pytest.fixture(scope="module")
 def exported(trained, tmp_path_factory):
     directory = tmp_path_factory.mktemp("exported")
-    for export_format in ("safetensors", "saelens"):
+    for export_format in ("safetensors", "hf", "saelens"):
         run_export(trained, export_format, directory / export_format)
     return directory
 
@@ -49,7 +52,7 @@ def test_files_have_the_modes_of_the_umask(exported):
     umask = os.umask(0)
     os.umask(umask)
     files = [path for path in exported.rglob("*") if path.is_file()]
-    assert len(files) == 2 + 2 * 4
+    assert len(files) == 2 + 6 + 2 * 4
     for path in files:
         assert path.stat().st_mode & 0o777 == 0o666 & ~umask, path
 
@@ -87,6 +90,90 @@ def test_safetensors_hold_the_same_model(trained, exported):
     expected = load_model(trained / "ckpt.pt")[0](idx)[0]
     torch.testing.assert_close(model(idx)[0], expected, rtol=0, atol=0)
     assert config["config"]["tokenizer"] == "bytes"
+
+
+# -----------------------------------------------------------------------------
+# Hugging Face: in environments of their own, where this repository can't be imported
+#
+#     python -m venv /tmp/venv-hf5 && /tmp/venv-hf5/bin/pip install torch==2.13.0 "transformers>=5"
+#     python -m venv /tmp/venv-hf4 && /tmp/venv-hf4/bin/pip install torch==2.13.0 "transformers<5"
+#
+# and for nnsight /tmp/venv-nnsight with torch==2.13.0, transformers and nnsight. The environment
+# variable INTEROP_VENVS names another directory than /tmp.
+
+TEXTS = [
+    "def main():\n    return 'x'\n\n\n\tpass  # done   ",
+    "It's  we'll I'd 123,456.7 \u00e9\u4e2d\u6587 \U0001f642\r\n   end",
+    " leading, \u00a0\u2003 and\x00\x7f control",
+]
+
+
+def interop_python(name):
+    python = Path(os.environ.get("INTEROP_VENVS", "/tmp")) / f"venv-{name}" / "bin" / "python"
+    if not python.exists():
+        pytest.skip(f"{python} is not here: see the comment above")
+    return python
+
+
+def run_elsewhere(python, program, *arguments, cwd):
+    """A program of tests/ by another Python, offline, in a directory of its own."""
+    environment = {**ENVIRONMENT, "HF_HUB_OFFLINE": "1", "HF_HOME": str(cwd / "hf_home")}
+    environment.pop("PYTHONPATH", None)
+    source = (ROOT / "tests" / program).read_text()
+    (cwd / program).write_text(source)  # beside tests/ it would find the repository
+    command = [python, cwd / program, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd)
+    assert result.returncode == 0 and result.stdout.endswith("equal\n"), result.stderr
+
+
+def expectations(model):
+    """What hf_program.py compares with, by model.py."""
+    idx = torch.arange(3, 60, 3)[:16].view(2, 8)
+    rows = [torch.arange(40, 40 + n) for n in (7, 3, 12, 7)]
+    expected = {"idx": idx, "rows": rows, "logits": model(idx, n_logits=0)[0]}
+    together = torch.stack([rows[0], rows[3]])  # rows of one length share a forward
+    alone = [model(row[None], n_logits=0)[0][0] for row in rows[1:3]]
+    first, last = model(together, n_logits=0)[0]
+    expected["row_logits"] = [first, *alone, last]
+    expected["generated"] = [
+        model.generate(row[None], 8, temperature=0, n_tokens=257)[0] for row in rows
+    ]
+    expected["codes"] = [[tuple(code) for code in layer] for layer in model.run_with_codes(idx)[1]]
+    feature = model.run_with_codes(idx)[1][1][1].ids[0, 0, 0].item()
+    expected["edits"] = [(0, (0, 3, 1, 4.0)), (1, (1, feature, 0, 0.0))]
+    for layer, edit in expected["edits"]:
+        model.saes()[layer].edits.append(edit)
+    expected["edited"] = model(idx, n_logits=0)[0]
+    for sae in model.saes():
+        sae.edits.clear()
+    targets = torch.cat([idx[:, 1:], torch.full_like(idx[:, :1], -1)], 1)
+    loss = model(idx, targets)[1]
+    loss.backward()
+    expected["loss"] = loss.detach()
+    expected["gradients"] = {name: p.grad for name, p in model.named_parameters()}
+    model.train()
+    model(idx)
+    for sae in model.saes():
+        sae.update_stats()
+    model.eval()
+    expected["means"] = [sae.mean for sae in model.saes()]
+    return expected
+
+
+def write_texts(folder, encoding):
+    rows = [(text, encoding.encode_ordinary(text)) for text in TEXTS]
+    (folder / "texts.json").write_text(json.dumps(rows))
+
+
+@pytest.mark.parametrize("name", ["hf4", "hf5"])
+def test_transformers_loads_the_same_model(trained, exported, tmp_path, name):
+    python = interop_python(name)
+    folder = tmp_path / "folder"
+    shutil.copytree(exported / "hf", folder)
+    write_texts(folder, get_tokenizer("bytes"))
+    expected = expectations(load_model(trained)[0])
+    torch.save({**expected, "resaved": str(tmp_path / "resaved")}, tmp_path / "expected.pt")
+    run_elsewhere(python, "hf_program.py", folder, tmp_path / "expected.pt", cwd=tmp_path)
 
 
 # -----------------------------------------------------------------------------
