@@ -665,6 +665,20 @@ def test_a_restart_reads_one_row_group(folder_as_hub):
         rows(downloads, prepare_fineweb.Place("001_00000.parquet", 1, 99))
 
 
+def test_a_file_on_its_way_is_waited_for(folder_as_hub):
+    files, _, downloads, fetches = folder_as_hub
+    fetch = prepare_fineweb.hub_fetch
+
+    def fetch_slowly(file, commit, directory):
+        fetches.append(f"{file} begun")
+        threading.Event().wait(0.2)
+        fetch(file, commit, directory)
+
+    prepare_fineweb.hub_fetch = fetch_slowly  # the fixture's monkeypatch puts the real one back
+    assert rows(downloads) == sum(files, [])
+    assert len(fetches) == 6
+
+
 def test_files_of_a_killed_preparation_are_used_if_their_size_is_right(folder_as_hub):
     files, folder, downloads, fetches = folder_as_hub
     Path(downloads.directory).mkdir()
@@ -675,7 +689,9 @@ def test_files_of_a_killed_preparation_are_used_if_their_size_is_right(folder_as
     assert fetches == ["001_00000.parquet", "002_00000.parquet"]
 
 
-@pytest.mark.parametrize("fault", ["missing", "truncated", "no parquet", "damaged"])
+@pytest.mark.parametrize("fault", [
+    "missing", "truncated", "another size", "no parquet", "damaged",
+])
 def test_a_file_of_the_hub_that_is_not_whole_is_fetched_again_then_named(folder_as_hub, fault):
     files, folder, downloads, fetches = folder_as_hub
     path = folder / "001_00000.parquet"
@@ -687,6 +703,8 @@ def test_a_file_of_the_hub_that_is_not_whole_is_fetched_again_then_named(folder_
             path.unlink()
         elif fault == "truncated":
             path.write_bytes(whole[:-1])
+        elif fault == "another size":
+            write_parquet(path, ["of another commit"])
         elif fault == "no parquet":
             path.write_bytes(bytes(len(whole)))
         else:  # from the second row group on
