@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # for test files that are run as scripts
 TINY = dict(
     device="cpu",
     torch_compile=False,

@@ -8,6 +8,7 @@ The disk is a small tmpfs, which takes root; without it these tests are skipped.
 import contextlib
 import os
 import random
+import resource
 import signal
 import subprocess
 import tempfile
@@ -134,6 +135,27 @@ def test_room_made_in_time_saves_the_last_checkpoint(data_dir, whole, disk):
     assert process.wait() == 0
     assert torch.load(out_dir / "last.pt", weights_only=True)["iter"] == 120
     assert same_rows(out_dir, whole)
+
+
+def test_a_limit_of_file_sizes_leaves_the_old_checkpoint_and_the_training(data_dir, tmp_path):
+    """As a full disk, without root."""
+    out_dir = tmp_path / "run"
+    assert run_training(data_dir, out_dir, lr_schedule="constant", max_iters=10).returncode == 0
+    before = (out_dir / "last.pt").read_bytes()
+    limit = len(before) // 2
+    settings = dict(init_from="resume", lr_schedule="constant", save_patience=0.0)
+    result = subprocess.run(
+        train_command(data_dir, out_dir, **settings),
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert result.returncode == 1
+    assert max(log_rows(out_dir)) == 19  # training went on
+    assert "last.pt could not be written (File too large)" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert (out_dir / "last.pt").read_bytes() == before
 
 
 def test_an_atomic_file_leaves_nothing_on_a_full_disk(disk):

@@ -1,12 +1,13 @@
 """
-Nothing lost, nothing wrong: kill -9 at random moments, full disks, many ranks, long runs, random inputs.
+Nothing lost, nothing wrong: kill -9 at random moments, many ranks, long runs, random inputs.
 
-    python test_reliability.py --rounds=200 --ranks=1      # the kill campaign by hand; a few rounds of it run in the suite
+    python tests/test_reliability.py --rounds=200 --ranks=1     # the kill campaign by hand
+
+A few rounds of the campaign run in the suite. Full disks are in test_disk.py.
 """
 import math
 import os
 import random
-import resource
 import signal
 import subprocess
 import tempfile
@@ -15,74 +16,108 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import (
+    ENVIRONMENT,
+    ROOT,
+    largest_difference,
+    log_rows,
+    make_data,
+    run_training,
+    train_command,
+)
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import configurator
 from cayley import CayleySAE, all_label_bits
-from conftest import ENVIRONMENT, ROOT, largest_difference, log_rows, make_data, run_training, train_command
-from model import GPT, GPTConfig, first_nonfinite, load_checkpoint
+from model import GPT, GPTConfig, load_checkpoint
 from test_cayley import reference
+from train import first_nonfinite
 
 # -----------------------------------------------------------------------------
 # kill -9
 
-CAMPAIGN = dict(max_iters=300, eval_interval=10, eval_iters=2)
+CAMPAIGN = dict(max_iters=300, eval_interval=10, eval_iters=2, gradient_accumulation_steps=2)
+LONGEST = "longest time to end after a rank's death (s)"
 
 
 def workers(process):
     """Process ids of the ranks that a launcher has started."""
-    output = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout
+    command = ["ps", "-o", "pid=", "--ppid", str(process.pid)]
+    output = subprocess.run(command, capture_output=True, text=True).stdout
     return [int(pid) for pid in output.split()]
+
+
+def start_or_resume(data_dir, out_dir, ranks):
+    init_from = "resume" if (out_dir / "last.pt").exists() else "scratch"
+    command = train_command(data_dir, out_dir, ranks, init_from=init_from, **CAMPAIGN)
+    return subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT
+    )
+
+
+def wait_for_the_moment(process, out_dir, seconds, during_a_write):
+    """Until so many seconds have passed and, if asked for, a checkpoint is being written."""
+    deadline = time.monotonic() + seconds
+    writing = False
+    while process.poll() is None:
+        if time.monotonic() > deadline and (writing or not during_a_write):
+            return
+        writing = (out_dir / "last.pt.tmp").exists()
+        time.sleep(0 if during_a_write else 0.01)
+
+
+def kill_one(process, ranks, generator):
+    """kill -9 of the run, or of one of its ranks -> seconds until all of it has ended."""
+    victims = workers(process) if ranks > 1 else [process.pid]
+    if victims:
+        os.kill(generator.choice(victims), signal.SIGKILL)
+    else:
+        process.kill()
+    start = time.monotonic()
+    process.wait(60)
+    return round(time.monotonic() - start, 1)
+
+
+def check_what_is_left(out_dir, expected):
+    """Whole checkpoints, no row that an unkilled run lacks, at most one interval to do again."""
+    rows = log_rows(out_dir) if (out_dir / "log.csv").exists() else {}
+    assert all(expected[it] == loss for it, loss in rows.items())
+    if (out_dir / "last.pt").exists():
+        load_checkpoint(str(out_dir / "ckpt.pt"))
+        saved = load_checkpoint(str(out_dir / "last.pt"))["iter"]
+        assert max(rows, default=0) - saved <= CAMPAIGN["eval_interval"]
 
 
 def kill_campaign(directory, data_dir, rounds, ranks, seed=0):
     """
-    Runs killed at random moments (one rank of several, at random) and resumed, until they have been killed `rounds` times.
+    Runs killed at random moments (one rank of several, at random) and resumed, `rounds` kills.
 
-    Every other kill waits for a checkpoint that is being written. Raises AssertionError on a damaged file, on more than
-    one interval of repeated work, or on a loss row that an unkilled run doesn't have. Returns counts.
+    Every other kill waits for a checkpoint that is being written. Raises AssertionError on a
+    damaged file, on more than one interval of repeated work, or on a loss row that an unkilled run
+    doesn't have. Returns counts.
     """
     generator = random.Random(seed)
-    run_settings = {**CAMPAIGN, "gradient_accumulation_steps": 2}
     whole = directory / "whole"
-    assert run_training(data_dir, whole, ranks, **run_settings).returncode == 0
+    assert run_training(data_dir, whole, ranks, **CAMPAIGN).returncode == 0
     expected = log_rows(whole)
-    counts = {"kills": 0, "during writes": 0, "finished runs": 0, "longest time to end after a rank's death (s)": 0.0}
+    counts = {"kills": 0, "during writes": 0, "finished runs": 0, LONGEST: 0.0}
     out_dir = directory / "run 0"
     while counts["kills"] < rounds:
-        init_from = "resume" if (out_dir / "last.pt").exists() else "scratch"
-        process = subprocess.Popen(train_command(data_dir, out_dir, ranks, init_from=init_from, **run_settings),
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
-        deadline, writing = time.monotonic() + generator.uniform(2, 8) + 4 * (ranks > 1), False
-        wait_for_write = counts["kills"] % 2
-        while process.poll() is None and not (time.monotonic() > deadline and (writing or not wait_for_write)):
-            writing = (out_dir / "last.pt.tmp").exists()
-            time.sleep(0 if wait_for_write else 0.01)
+        process = start_or_resume(data_dir, out_dir, ranks)
+        seconds = generator.uniform(2, 8) + 4 * (ranks > 1)
+        wait_for_the_moment(process, out_dir, seconds, during_a_write=counts["kills"] % 2)
         if process.poll() is None:
-            victims = workers(process) if ranks > 1 else [process.pid]
-            if victims:
-                os.kill(generator.choice(victims), signal.SIGKILL)
-            else:
-                process.kill()
-            start = time.monotonic()
-            process.wait(60)
-            key = "longest time to end after a rank's death (s)"
-            counts[key] = max(counts[key], round(time.monotonic() - start, 1))
+            took = kill_one(process, ranks, generator)
+            counts[LONGEST] = max(counts[LONGEST], took)
             counts["kills"] += 1
             counts["during writes"] += (out_dir / "last.pt.tmp").exists()
-        elif process.returncode == 0:
+            check_what_is_left(out_dir, expected)
+        else:
+            assert process.returncode == 0, f"resume ended with status {process.returncode}"
             assert log_rows(out_dir) == expected
             counts["finished runs"] += 1
             out_dir = directory / f"run {counts['finished runs']}"
-            continue
-        else:
-            raise AssertionError(f"resume ended with status {process.returncode}")
-        rows = log_rows(out_dir) if (out_dir / "log.csv").exists() else {}
-        assert all(expected[it] == loss for it, loss in rows.items())
-        if (out_dir / "last.pt").exists():
-            load_checkpoint(str(out_dir / "ckpt.pt"))
-            assert max(rows, default=0) - load_checkpoint(str(out_dir / "last.pt"))["iter"] <= CAMPAIGN["eval_interval"]
     return counts
 
 
@@ -90,12 +125,17 @@ def kill_campaign(directory, data_dir, rounds, ranks, seed=0):
 def test_killed_runs_resume_to_the_same_rows(data_dir, tmp_path, ranks):
     counts = kill_campaign(tmp_path, data_dir, rounds=2, ranks=ranks)
     assert counts["kills"] == 2
-    assert counts["longest time to end after a rank's death (s)"] < 60
+    assert counts[LONGEST] < 60
 
 
 def test_a_dead_rank_is_reported(data_dir, tmp_path):
-    process = subprocess.Popen(train_command(data_dir, tmp_path / "run", 2, max_iters=5000), text=True, env=ENVIRONMENT,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        train_command(data_dir, tmp_path / "run", 2, max_iters=5000),
+        text=True,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     for line in process.stdout:
         if line.startswith("iter 3:"):
             os.kill(workers(process)[1], signal.SIGKILL)
@@ -105,25 +145,14 @@ def test_a_dead_rank_is_reported(data_dir, tmp_path):
 
 
 # -----------------------------------------------------------------------------
-# disks and numbers
+# numbers
 
-def test_a_full_disk_leaves_the_old_checkpoint_and_the_training(trained, data_dir, tmp_path):
-    out_dir = tmp_path / "run"
-    assert run_training(data_dir, out_dir, lr_schedule="constant", max_iters=10).returncode == 0
-    before = (out_dir / "last.pt").read_bytes()
-    limit = len(before) // 2
-    result = subprocess.run(train_command(data_dir, out_dir, init_from="resume", lr_schedule="constant"), capture_output=True,
-                            text=True, env=ENVIRONMENT,
-                            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
-    assert result.returncode == 0, result.stderr
-    assert max(log_rows(out_dir)) == 19  # training went on
-    assert "last.pt could not be written" in result.stderr and result.stderr.count("\n") == 1
-    assert (out_dir / "last.pt").read_bytes() == before
+SMALL = dict(block_size=8, vocab_size=65, n_head=2, n_embd=32, cayley_levels="5,4,0;8,6,16")
 
 
 def test_the_first_nonfinite_layer_is_named():
     torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=8, vocab_size=65, n_layer=3, n_head=2, n_embd=32, cayley_levels="5,4,0;8,6,16"))
+    model = GPT(GPTConfig(n_layer=3, **SMALL))
     idx = torch.randint(65, (2, 8))
     assert first_nonfinite(model, idx, idx) is None
     with torch.no_grad():
@@ -134,7 +163,8 @@ def test_the_first_nonfinite_layer_is_named():
 def test_ties_are_decided_alike_wherever_a_token_stands():
     torch.manual_seed(0)
     sae = CayleySAE(64, "6,8,0;10,8,64")
-    tokens = torch.stack([torch.zeros(64), torch.ones(64), torch.eye(64)[5], torch.randint(-1, 2, (64,)).float()])  # many ties
+    signs = torch.randint(-1, 2, (64,)).float()
+    tokens = torch.stack([torch.zeros(64), torch.ones(64), torch.eye(64)[5], signs])  # many ties
     alone = sae.encode(tokens)
     for order in (torch.arange(4).repeat(100), torch.randperm(400) % 4):
         for code, expected in zip(sae.encode(tokens[order]), alone):
@@ -144,61 +174,96 @@ def test_ties_are_decided_alike_wherever_a_token_stands():
 # -----------------------------------------------------------------------------
 # ranks
 
+
 def test_three_ranks_see_the_same_batches_and_statistics(data_dir, tmp_path):
-    """The first losses, and the first losses after statistics have been folded in, while the weights are still equal."""
+    """The first losses, and those after statistics were folded in, while weights are still equal."""
+    no_learning = dict(muon_lr=0.0, muon_min_lr=0.0, adamw_lr=0.0, adamw_min_lr=0.0)
     for ranks in (1, 2, 3):
-        result = run_training(data_dir, tmp_path / str(ranks), ranks, gradient_accumulation_steps=6, muon_lr=0.0, muon_min_lr=0.0,
-                              adamw_lr=0.0, adamw_min_lr=0.0, max_iters=4)
+        out_dir = tmp_path / str(ranks)
+        settings = dict(gradient_accumulation_steps=6, max_iters=4, **no_learning)
+        result = run_training(data_dir, out_dir, ranks, **settings)
         assert result.returncode == 0, result.stderr
     first = log_rows(tmp_path / "1")
     for ranks in (2, 3):
         other = log_rows(tmp_path / str(ranks))
         assert abs(float(first[0]) - float(other[0])) < 1e-5
         assert max(abs(float(first[it]) - float(other[it])) for it in first) < 1e-3
-    statistics = [load_checkpoint(str(tmp_path / str(ranks) / "last.pt"))["model"] for ranks in (1, 2, 3)]
+    statistics = []
+    for ranks in (1, 2, 3):
+        statistics.append(load_checkpoint(str(tmp_path / str(ranks) / "last.pt"))["model"])
     for other in statistics[1:]:
-        torch.testing.assert_close(other["blocks.0.sae.mean"], statistics[0]["blocks.0.sae.mean"])
-        torch.testing.assert_close(other["blocks.0.sae.var"], statistics[0]["blocks.0.sae.var"])
+        for name in ("blocks.0.sae.mean", "blocks.0.sae.var"):
+            torch.testing.assert_close(other[name], statistics[0][name])
+
+
+ONE_ULP = """
+import torch, train
+init = train.GPT.__init__
+def changed(self, config):
+    init(self, config)
+    with torch.no_grad():
+        w = self.wte.weight
+        w[65, 0] = torch.nextafter(w[65, 0], torch.tensor(9.0))
+train.GPT.__init__ = changed
+train.main()
+"""
 
 
 def one_ulp_spread(data_dir, directory, **run_settings):
-    """Loss difference that a one-ulp change of one weight causes, and that 2 and 3 ranks cause: {name: difference}."""
-    code = ("import torch, train; init = train.GPT.__init__\n"
-            "def changed(self, config):\n    init(self, config)\n    with torch.no_grad():\n        w = self.wte.weight\n"
-            "        w[65, 0] = torch.nextafter(w[65, 0], torch.tensor(9.0))\n"
-            "train.GPT.__init__ = changed; train.main()")
+    """
+    Loss difference that a one-ulp change of one weight causes, and that 2 and 3 ranks cause.
+
+    {name: difference}
+    """
     command = train_command(data_dir, directory / "ulp", **run_settings)
-    subprocess.run([command[0], "-c", code, *command[2:]], check=True, capture_output=True, env=ENVIRONMENT, cwd=ROOT)
+    command = [command[0], "-c", ONE_ULP, *command[2:]]
+    subprocess.run(command, check=True, capture_output=True, env=ENVIRONMENT, cwd=ROOT)
     for ranks in (1, 2, 3):
-        assert run_training(data_dir, directory / f"{ranks} ranks", ranks, **run_settings).returncode == 0
-    return {name: largest_difference(directory / "1 ranks", directory / name, ("loss",)) for name in ("ulp", "2 ranks", "3 ranks")}
+        out_dir = directory / f"{ranks} ranks"
+        assert run_training(data_dir, out_dir, ranks, **run_settings).returncode == 0
+    spread = {}
+    for name in ("ulp", "2 ranks", "3 ranks"):
+        one, other = directory / "1 ranks", directory / name
+        spread[name] = largest_difference(one, other, ("loss",))
+    return spread
 
 
 def test_ranks_differ_no_more_than_one_ulp_of_one_weight_does(data_dir, tmp_path):
-    spread = one_ulp_spread(data_dir, tmp_path, max_iters=50, gradient_accumulation_steps=6, eval_interval=50)
-    assert 0 < spread["ulp"] and max(spread["2 ranks"], spread["3 ranks"]) < 10 * spread["ulp"], spread
+    settings = dict(max_iters=50, gradient_accumulation_steps=6, eval_interval=50)
+    spread = one_ulp_spread(data_dir, tmp_path, **settings)
+    assert spread["ulp"] > 0
+    assert max(spread["2 ranks"], spread["3 ranks"]) < 10 * spread["ulp"], spread
 
 
 # -----------------------------------------------------------------------------
 # long runs
 
+
 def test_memory_and_files_stay_flat(data_dir, tmp_path):
     """Of a process between iterations 50 and 250."""
-    process = subprocess.Popen(train_command(data_dir, tmp_path / "run", max_iters=250, eval_interval=50, eval_iters=1),
-                               stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    settings = dict(max_iters=250, eval_interval=50, eval_iters=1)
+    process = subprocess.Popen(
+        train_command(data_dir, tmp_path / "run", **settings),
+        stdout=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
     measured = {}
     for line in process.stdout:
         for it in (50, 249):
             if line.startswith(f"iter {it}: loss"):
                 status = Path(f"/proc/{process.pid}/status").read_text()
                 memory = int(status.split("VmRSS:")[1].split()[0])
-                measured[it] = memory, len(os.listdir(f"/proc/{process.pid}/fd"))
+                n_files = len(os.listdir(f"/proc/{process.pid}/fd"))
+                measured[it] = memory, n_files
     assert process.wait() == 0
-    assert measured[249][0] < 1.05 * measured[50][0] and measured[249][1] <= measured[50][1], measured
+    assert measured[249][0] < 1.05 * measured[50][0], measured
+    assert measured[249][1] <= measured[50][1], measured
 
 
 # -----------------------------------------------------------------------------
 # random inputs
+
 
 @st.composite
 def layers(draw):
@@ -214,9 +279,12 @@ def layers(draw):
     return 2**t, levels, draw(st.booleans())
 
 
+SHAPES = st.lists(st.integers(0, 5), min_size=1, max_size=3)
+
+
 @settings(max_examples=60, deadline=None)
 @example((64, [(6, 1, 0)], False), [0], True, True, 0)  # top-k by groups of an empty batch
-@given(layers(), st.lists(st.integers(0, 5), min_size=1, max_size=3), st.booleans(), st.booleans(), st.integers(0, 99))
+@given(layers(), SHAPES, st.booleans(), st.booleans(), st.integers(0, 99))
 def test_any_layer_equals_the_reference(layer, shape, standardize, forward, seed):
     n_embd, levels, gate = layer
     torch.manual_seed(seed)
@@ -228,29 +296,39 @@ def test_any_layer_equals_the_reference(layer, shape, standardize, forward, seed
     codes = sae.encode(x)
     output = sae.decode(codes)
     assert output.shape == x.shape
-    expected, expected_codes = reference(sae, x.reshape(-1, n_embd), sae.bias)
+    expected, expected_codes = reference(sae, x.reshape(-1, n_embd))
     torch.testing.assert_close(output.reshape(-1, n_embd), expected)
     for code, (ids, _) in zip(codes, expected_codes):
         assert code.ids.shape == x.shape[:-1] + ids.shape[1:]
-        torch.testing.assert_close(code.ids.reshape(ids.shape).sort(1).values, ids.sort(1).values)
+        mine = code.ids.reshape(ids.shape)
+        torch.testing.assert_close(mine.sort(1).values, ids.sort(1).values)
+
+
+VALUES = st.one_of(
+    st.text(max_size=8),
+    st.integers().map(str),
+    st.floats().map(str),
+    st.booleans().map(str),
+)
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.sampled_from(["size", "rate", "name", "switch", "nothing"]), st.one_of(st.text(max_size=8), st.integers().map(str),
-       st.floats().map(str), st.booleans().map(str)))
+@given(st.sampled_from(["size", "rate", "name", "switch", "nothing"]), VALUES)
 def test_any_argument_is_taken_with_the_right_type_or_refused(key, value):
     namespace = {"size": 1, "rate": 0.5, "name": "a", "switch": False}
     try:
         result = configurator.configure(dict(namespace), [f"--{key}={value}"])
-    except SystemExit as exit:
-        assert exit.code == 1 and key != "name"
+    except SystemExit as end:
+        assert end.code == 1 and key != "name"
     else:
-        assert {name: type(v) for name, v in result.items()} == {name: type(v) for name, v in namespace.items()}
+        types = {name: type(v) for name, v in namespace.items()}
+        assert {name: type(v) for name, v in result.items()} == types
         assert key != "name" or result["name"] == value
 
 
 if __name__ == "__main__":
     rounds, ranks, seed = 200, 1, 0
     configurator.configure(globals())
-    with tempfile.TemporaryDirectory() as directory:
-        print(kill_campaign(Path(directory), make_data(Path(directory) / "data"), rounds, ranks, seed))
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        print(kill_campaign(directory, make_data(directory / "data"), rounds, ranks, seed))
