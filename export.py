@@ -35,7 +35,8 @@ from data import (
     write_json,
     write_text,
 )
-from model import load_model
+from model import build_model, load_checkpoint
+from model_card import model_card, read_run
 
 # settings, see configurator.py
 ckpt = "out/ckpt.pt"  # or a directory with a ckpt.pt
@@ -68,11 +69,11 @@ def untied(model):
     return state
 
 
-def export_safetensors(model, config, directory):
+def export_safetensors(model, checkpoint, directory):
     """model.safetensors, without the tied lm_head.weight, and config.json."""
     write_safetensors(os.path.join(directory, "model.safetensors"), untied(model))
     write_json(os.path.join(directory, "config.json"), {
-        "model_args": vars(model.config), "config": config,
+        "model_args": vars(model.config), "config": checkpoint["config"],
     })
 
 
@@ -207,11 +208,12 @@ def hf_configs(model, encoding):
     }
 
 
-def export_hf(model, config, directory):
-    """A folder that transformers loads with trust_remote_code=True."""
+def export_hf(model, checkpoint, directory):
+    """A folder that transformers loads with trust_remote_code=True, and its card."""
     def path(name):
         return os.path.join(directory, name)
 
+    config = checkpoint["config"]
     encoding = get_tokenizer(config["tokenizer"])
     tensors = {f"gpt.{name}": tensor for name, tensor in untied(model).items()}
     write_safetensors(path("model.safetensors"), tensors)
@@ -219,6 +221,11 @@ def export_hf(model, config, directory):
     for name, value in hf_configs(model, encoding).items():
         write_json(path(name), value)
     write_json(path("tokenizer.json"), tokenizer_json(encoding))
+    run, rows, scores = read_run(ckpt if os.path.isdir(ckpt) else os.path.dirname(ckpt))
+    name = os.path.basename(os.path.abspath(out_dir))
+    card = model_card(name, model, checkpoint, run, rows, scores)
+    write_text(path("README.md"), card)
+    write_json(path("training.json"), {"config": config, **run})
 
 
 # -----------------------------------------------------------------------------
@@ -316,10 +323,10 @@ def saelens_config(sae, layer, level, agreement):
     }
 
 
-def export_saelens(model, config, directory):
+def export_saelens(model, checkpoint, directory):
     """A directory per layer and level."""
     check_expressible(model)
-    agreement = measure_gate(model, config)
+    agreement = measure_gate(model, checkpoint["config"])
     for layer, sae in enumerate(model.saes()):
         for level in range(len(sae.levels)):
             path = os.path.join(directory, f"layer_{layer}_level_{level}")
@@ -356,8 +363,9 @@ def main():
     configure(globals())
     check_settings()
     with new_directory(out_dir) as directory:
-        model, config = load_model(ckpt)
-        EXPORTERS[export_format](model, config, directory)
+        checkpoint = load_checkpoint(ckpt)
+        model = build_model(checkpoint, ckpt).eval()
+        EXPORTERS[export_format](model, checkpoint, directory)
     print(f"{out_dir} is written")
 
 

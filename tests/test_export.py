@@ -1,4 +1,5 @@
 """export.py: other tools read the same model."""
+import ast
 import json
 import os
 import resource
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT
+from conftest import ENVIRONMENT, ROOT, log_rows
 from safetensors.torch import load_file
 from safetensors.torch import load_model as load_safetensors
 
@@ -52,7 +53,7 @@ def test_files_have_the_modes_of_the_umask(exported):
     umask = os.umask(0)
     os.umask(umask)
     files = [path for path in exported.rglob("*") if path.is_file()]
-    assert len(files) == 2 + 6 + 2 * 4
+    assert len(files) == 2 + 8 + 2 * 4
     for path in files:
         assert path.stat().st_mode & 0o777 == 0o666 & ~umask, path
 
@@ -174,6 +175,54 @@ def test_transformers_loads_the_same_model(trained, exported, tmp_path, name):
     expected = expectations(load_model(trained)[0])
     torch.save({**expected, "resaved": str(tmp_path / "resaved")}, tmp_path / "expected.pt")
     run_elsewhere(python, "hf_program.py", folder, tmp_path / "expected.pt", cwd=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["hf4", "hf5"])
+def test_gpt2s_tokenizer_gives_the_same_ids(tmp_path, name):
+    python = interop_python(name)
+    try:
+        encoding = get_tokenizer("gpt2")
+    except ValueError as error:
+        pytest.skip(str(error))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(json.dumps(export.tokenizer_json(encoding)))
+    tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left"}
+    tokenizer_config["clean_up_tokenization_spaces"] = False
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+    write_texts(folder, encoding)
+    run_elsewhere(python, "hf_program.py", folder, cwd=tmp_path)
+
+
+def test_an_import_of_another_file_of_this_directory_fails_in_the_inlined_one():
+    """What cayley.py may import of it is optional."""
+    source = export.inlined_source(["cayley.py", "model.py", "hf_model.py"])
+    names = {path.stem for path in ROOT.glob("*.py")}
+    for node in ast.walk(ast.parse(source)):
+        modules = set()
+        if isinstance(node, ast.Import):
+            modules = {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules = {node.module}
+        assert not modules & names, modules
+    assert 'custom_op("cayley::' not in source and 'custom_op("cayley_' in source
+
+
+def test_the_card_has_the_runs_numbers_and_says_what_is_missing(trained, exported, tmp_path):
+    card = (exported / "hf" / "README.md").read_text()
+    val_loss = float(log_rows(trained, "val_loss")[20])
+    assert f"| val loss, nats a token | {val_loss:.4g} |" in card
+    assert "| tokens | 10,240 |" in card and "| iteration of these weights | 20 of 20 |" in card
+    assert "| 1 | 256 | 6 | 16 |" in card and "| hardware | not measured |" in card
+    assert "HellaSwag, acc_norm | not measured" in card and "--max_iters=20" in card
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "run" / "evals.json").write_text(json.dumps({
+        "hellaswag": {"accuracy": 0.3142, "standard_error": 0.0046, "items": 10042}}))
+    (tmp_path / "run" / "log.csv").unlink()
+    run_export(tmp_path / "run", "hf", tmp_path / "folder")
+    card = (tmp_path / "folder" / "README.md").read_text()
+    assert "| HellaSwag, acc_norm | 0.3142 +- 0.0046 | 10,042 items |" in card
+    assert "| val loss, nats a token | not measured |" in card
 
 
 # -----------------------------------------------------------------------------
