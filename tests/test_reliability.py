@@ -176,7 +176,7 @@ def test_ties_are_decided_alike_wherever_a_token_stands():
 
 
 def test_three_ranks_see_the_same_batches_and_statistics(data_dir, tmp_path):
-    """The first losses, and those after statistics were folded in, while weights are still equal."""
+    """The first losses, and those after statistics are folded in, while weights are still equal."""
     no_learning = dict(muon_lr=0.0, muon_min_lr=0.0, adamw_lr=0.0, adamw_min_lr=0.0)
     for ranks in (1, 2, 3):
         out_dir = tmp_path / str(ranks)
