@@ -1,4 +1,4 @@
-"""The mathematics of the dictionary, exhaustively, and the layer against a dense float64 reference."""
+"""The dictionary's mathematics, exhaustively, and the layer against its definition in float64."""
 import copy
 import itertools
 import math
@@ -62,7 +62,7 @@ def power(x, e, t):
 
 @pytest.mark.parametrize("t", [4, 5, 6, 7, 8])
 def test_label_bits_are_traces(t):
-    """Every bit after the first t is Tr(alpha^j x^e) by the definition of the trace, for some j and allowed e."""
+    """Every bit after the first t is Tr(alpha^j x^e), by definition, for some j and allowed e."""
     def trace(x):
         total, conjugate = 0, x
         for _ in range(t):
@@ -70,7 +70,11 @@ def test_label_bits_are_traces(t):
         return total
     exponents = (3, 5) if t % 2 else (2 ** (t // 2) + 1, 2 ** (t // 2 + 1) + 1)
     powers = [[power(x, e, t) for x in range(2**t)] for e in exponents]
-    allowed = [[trace(multiply(power(2, j, t), xe, t)) for xe in row] for row in powers for j in range(t)]
+    allowed = []
+    for row in powers:
+        for j in range(t):
+            alpha_j = power(2, j, t)
+            allowed.append([trace(multiply(alpha_j, xe, t)) for xe in row])
     bits = cayley.all_label_bits(t).tolist()
     assert bits[:t] == [[x >> (t - 1 - i) & 1 for x in range(2**t)] for i in range(t)]
     positions = [allowed.index(bit) for bit in bits[t:]]
@@ -94,7 +98,9 @@ def test_label_bits_are_independent(t):
         exp, log = field_tables(t)
         norm = np.where(x == 0, 0, exp[(2 ** (t // 2) + 1) * log % (2**t - 1)])
         small = bits[t:t + t // 2]
-        assert all((small[:, norm == value] == small[:, norm == value][:, :1]).all() for value in set(norm.tolist()))
+        for value in set(norm.tolist()):
+            of_one_norm = small[:, norm == value]
+            assert (of_one_norm == of_one_norm[:, :1]).all()
 
 
 def expected_coherence(t, n):
@@ -136,7 +142,8 @@ def test_atoms_are_the_parities_of_the_design():
         ids = [0, 1, 5, 2**n - 1]
         bits = label_bits(6, n).astype(int)
         for v, atom in zip(ids, sae.atoms(level, ids)):
-            v_bits = np.array([v >> (n - 1 - i) & 1 for i in range(n)])  # first label bit: most significant bit of v
+            # the first label bit meets the most significant bit of v
+            v_bits = np.array([v >> (n - 1 - i) & 1 for i in range(n)])
             np.testing.assert_allclose(atom.numpy(), (-1.0) ** (v_bits @ bits) / 8)
 
 
@@ -160,8 +167,18 @@ def random_sae(n_embd, levels, *switches):
     return sae
 
 
-LEVELS = [(64, "6,4,0"), (32, "5,4,0;9,5,32"), (64, "6,4,0;9,5,16;12,7,32"), (128, "7,8,0;10,5,8;17,6,128"),
-          (16, "4,16,0;6,4,4;7,2,2;9,2,4"), (32, "5,2,0;10,3,32;15,3,32")]
+LEVELS = [
+    (64, "6,4,0"),
+    (32, "5,4,0;9,5,32"),
+    (64, "6,4,0;9,5,16;12,7,32"),
+    (128, "7,8,0;10,5,8;17,6,128"),
+    (16, "4,16,0;6,4,4;7,2,2;9,2,4"),
+    (32, "5,2,0;10,3,32;15,3,32"),
+]
+LARGE = [
+    (1024, "10,16,0;15,32,256"),
+    (512, "9,16,0;13,16,64;16,16,128"),
+]
 
 
 @pytest.mark.parametrize("n_embd, levels", LEVELS)
@@ -186,14 +203,15 @@ def test_layer_equals_dense_reference(n_embd, levels, switches):
     torch.testing.assert_close(sae(x), output)
 
 
-@pytest.mark.parametrize("n_embd, levels", [(1024, "10,16,0;15,32,256"), (512, "9,16,0;13,16,64;16,16,128")])
+@pytest.mark.parametrize("n_embd, levels", LARGE)
 def test_full_size_layer_in_float32(n_embd, levels):
     torch.manual_seed(0)
     sae = random_sae(n_embd, levels)
     x = torch.randn(40, n_embd)
     output, codes = reference(sae, x)
-    same = [(ids.sort(1).values == ids_ref.sort(1).values).all(1) for (ids, _), (ids_ref, _) in zip(sae.encode(x), codes)]
-    same = torch.stack(same).all(0)  # tokens without a near tie that rounding decides
+    same = torch.ones(40, dtype=torch.bool)  # tokens without a near tie that rounding decides
+    for (ids, _), (ids_ref, _) in zip(sae.encode(x), codes):
+        same &= (ids.sort(1).values == ids_ref.sort(1).values).all(1)
     assert same.sum() >= 36
     torch.testing.assert_close(sae(x)[same].double(), output[same], atol=2e-5, rtol=1e-5)
 
@@ -207,7 +225,8 @@ def test_bf16_autocast_is_close_to_float64():
     output.float().square().sum().backward()
     reference_output, _ = reference(sae, x.detach().flatten(0, 1))
     error = (output.flatten(0, 1).double() - reference_output).norm() / reference_output.norm()
-    assert error < 0.1  # near ties are decided otherwise for some tokens; without them it is about 0.005
+    # some tokens' near ties are decided otherwise; without them it is about 0.005
+    assert error < 0.1
     assert x.grad.isfinite().all() and x.grad.abs().sum() > 0
 
 
@@ -231,13 +250,15 @@ def test_large_dictionaries_and_small_chunks_give_the_same(monkeypatch):
 
 
 def test_gating():
-    """Every active feature lies in the block of an active parent, and no feature is active twice."""
+    """Every active feature lies in an active parent's block, and no feature is active twice."""
     torch.manual_seed(0)
     sae = random_sae(64, "6,6,0;9,8,16;12,10,32")
     codes = sae.encode(torch.randn(200, 64))
-    for parent, child, (parent_level, level) in zip(codes, codes[1:], itertools.pairwise(sae.levels)):
+    for parent, child, levels in zip(codes, codes[1:], itertools.pairwise(sae.levels)):
+        parent_level, level = levels
         shared = level.n - int(math.log2(level.delta))
-        child_blocks, parent_blocks = child.ids >> (level.n - shared), parent.ids >> (parent_level.n - shared)
+        child_blocks = child.ids >> (level.n - shared)
+        parent_blocks = parent.ids >> (parent_level.n - shared)
         assert (child_blocks[:, :, None] == parent_blocks[:, None]).any(2).all()
     for code in codes:
         ordered = code.ids.sort(1).values
@@ -254,9 +275,11 @@ def test_interventions_change_exactly_their_atoms():
     edited[1].values[..., 2] += 8.0
     atoms = sae.atoms(1, codes[1].ids[..., 2].flatten()).view(2, 3, 64)
     torch.testing.assert_close(sae.decode(edited) - output, 8.0 * atoms)
-    added = [codes[0], Codes(*(torch.cat([old, torch.full((2, 3, 1), new, dtype=old.dtype)], -1)
-                               for old, new in zip(codes[1], (77, -3.0))))]  # feature 77 of level 1, code -3
-    torch.testing.assert_close(sae.decode(added) - output, -3.0 * sae.atoms(1, [77]).expand_as(output))
+    ids = torch.full((2, 3, 1), 77)  # feature 77 of level 1, code -3
+    values = torch.full((2, 3, 1), -3.0, dtype=torch.float64)
+    with_77 = Codes(torch.cat([codes[1].ids, ids], -1), torch.cat([codes[1].values, values], -1))
+    change = sae.decode([codes[0], with_77]) - output
+    torch.testing.assert_close(change, -3.0 * sae.atoms(1, [77]).expand_as(output))
 
 
 # -----------------------------------------------------------------------------
@@ -265,14 +288,18 @@ def test_interventions_change_exactly_their_atoms():
 def test_statistics_are_the_moments_of_raw():
     torch.manual_seed(0)
     sae = CayleySAE(32, "5,4,0;9,5,16").double()
-    x = torch.randn(100, 32, dtype=torch.float64) @ torch.randn(32, 32, dtype=torch.float64) / 5 + 0.5
+    mixing = torch.randn(100, 32, dtype=torch.float64), torch.randn(32, 32, dtype=torch.float64)
+    x = mixing[0] @ mixing[1] / 5 + 0.5
     counts = torch.zeros_like(sae.active_counts)
     for _ in range(2):
         before = sae.mean.clone(), sae.var.clone()
         codes = sae.encode(x)
         assert torch.equal(sae.mean, before[0])  # no token sees the same step's statistics
         sae.update_stats()
-        raw = torch.cat([x @ sae.atoms(i, range(2**level.n)).T for i, level in enumerate(sae.levels)], 1)
+        raw = []
+        for i, level in enumerate(sae.levels):
+            raw.append(x @ sae.atoms(i, range(2**level.n)).T)
+        raw = torch.cat(raw, 1)
         torch.testing.assert_close(sae.mean, before[0].lerp(raw.mean(0), 0.05))
         torch.testing.assert_close(sae.var, before[1].lerp(raw.var(0, correction=0), 0.05))
         for code, where in zip(codes, sae.level_slices):

@@ -1,10 +1,9 @@
-"""Every wrong invocation ends with status 1 and one line that names the value and what would be right."""
+"""Every wrong invocation ends with status 1 and one line: the value, and what would be right."""
 import runpy
 import shlex
 import sys
 
 import pytest
-
 from conftest import ROOT, TINY, arguments, contents
 
 # A row: what is wrong on the command line, and words of the error line.

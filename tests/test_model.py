@@ -68,8 +68,11 @@ def test_whole_model_compiles_without_graph_breaks():
 def test_same_text_with_and_without_the_cache(levels, temperature, top_k):
     model = small_gpt(levels)
     prompt = torch.randint(65, (3, 7))
-    texts = [model.generate(prompt, 100, temperature=temperature, top_k=top_k, use_cache=use_cache,
-                            generator=torch.Generator().manual_seed(1)) for use_cache in (True, False)]
+    texts = []
+    for use_cache in (True, False):
+        sampling = dict(temperature=temperature, top_k=top_k, use_cache=use_cache)
+        generator = torch.Generator().manual_seed(1)
+        texts.append(model.generate(prompt, 100, generator=generator, **sampling))
     assert torch.equal(*texts) and texts[0].shape == (3, 107)
     assert torch.equal(texts[0][:, :7], prompt) and model.training
 
@@ -106,7 +109,8 @@ def test_model_errors(tmp_path):
     with pytest.raises(ValueError, match="bad.pt: not a readable checkpoint"):
         load_checkpoint(str(tmp_path / "bad.pt"))
     torch.save({"model": {}}, tmp_path / "foreign.pt")
-    with pytest.raises(ValueError, match="foreign.pt: not a checkpoint of train.py, it lacks config, model_args"):
+    lacks = "foreign.pt: not a checkpoint of train.py, it lacks config, model_args"
+    with pytest.raises(ValueError, match=lacks):
         load_checkpoint(str(tmp_path / "foreign.pt"))
 
 
@@ -133,17 +137,21 @@ def test_orthogonalize_moves_singular_values_to_one(coefficients, low, shape):
     X = orthogonalize(G, coefficients).float()
     values = torch.linalg.svdvals(X)
     assert low < values.min() and values.max() < 1.2
-    U, _, V = torch.linalg.svd(G, full_matrices=False)  # the same singular vectors: near the polar factor U V^T
+    # the same singular vectors: near the polar factor U V^T
+    U, _, V = torch.linalg.svd(G, full_matrices=False)
     assert (X * (U @ V)).sum() / X.norm() / (U @ V).norm() > 0.98
 
 
 @pytest.mark.parametrize("shape", [(64, 256), (256, 64), (96, 96)])
 def test_agrees_with_torch_muon(shape):
-    """torch.optim.Muon has the classic triple and no splits: there both are the same, up to its rounding in bf16."""
+    """torch.optim.Muon has the classic triple and no splits: there both are the same up to bf16."""
     torch.manual_seed(0)
     ours, theirs = (torch.nn.Parameter(torch.ones(shape)) for _ in range(2))
-    optimizers = (Muon([ours], lr=0.1, weight_decay=0.1, coefficients=CLASSIC),
-                  torch.optim.Muon([theirs], lr=0.1, weight_decay=0.1, momentum=0.95, adjust_lr_fn="original"))
+    rates = dict(lr=0.1, weight_decay=0.1)
+    optimizers = (
+        Muon([ours], coefficients=CLASSIC, **rates),
+        torch.optim.Muon([theirs], momentum=0.95, adjust_lr_fn="original", **rates),
+    )
     for _ in range(4):
         ours.grad = torch.randn(shape)
         theirs.grad = ours.grad.clone()
@@ -158,7 +166,8 @@ def test_split_matrices_are_orthogonalized_separately():
     torch.manual_seed(0)
     stacked = torch.nn.Parameter(torch.zeros(3 * 64, 64))
     parts = [torch.nn.Parameter(torch.zeros(64, 64)) for _ in range(3)]
-    stacked.grad = torch.randn(3 * 64, 64) * torch.tensor([1.0, 10.0, 100.0]).repeat_interleave(64)[:, None]
+    sizes = torch.tensor([1.0, 10.0, 100.0]).repeat_interleave(64)[:, None]
+    stacked.grad = torch.randn(3 * 64, 64) * sizes
     for part, grad in zip(parts, stacked.grad.chunk(3)):
         part.grad = grad.clone()
     Muon([stacked], lr=1.0, splits={stacked: 3}).step()
@@ -181,7 +190,8 @@ def test_every_parameter_has_one_optimizer():
 # the schedule
 
 def test_reference_schedule(monkeypatch):
-    for key, value in dict(max_iters=12716, warmup_iters=200, warmdown_frac=0.9, lr_schedule="linear_warmdown").items():
+    schedule = dict(max_iters=12716, warmup_iters=200, warmdown_frac=0.9)
+    for key, value in dict(lr_schedule="linear_warmdown", **schedule).items():
         monkeypatch.setattr(train, key, value)
     lr = [train.get_lr(it, 1.2e-2, 1.5e-4) for it in (0, 100, 200, 1271, 12716)]
     assert lr == pytest.approx([0, 0.6e-2, 1.2e-2, 1.2e-2, 1.5e-4])
@@ -191,7 +201,8 @@ def test_reference_schedule(monkeypatch):
                for lr, low in ((1.2e-2, 1.5e-4), (3e-4, 1e-5))]
     assert factors[0] == pytest.approx(factors[1])  # in lockstep, whatever the rates
     monkeypatch.setattr(train, "lr_schedule", "cosine")
-    assert [train.get_lr(it, 1, 0.1) for it in (200, (200 + 12716) / 2, 12716)] == pytest.approx([1, 0.55, 0.1])
+    cosine = [train.get_lr(it, 1, 0.1) for it in (200, (200 + 12716) / 2, 12716)]
+    assert cosine == pytest.approx([1, 0.55, 0.1])
     monkeypatch.setattr(train, "lr_schedule", "constant")
     assert [train.get_lr(it, 1, 0.1) for it in (100, 200, 12716)] == pytest.approx([0.5, 1, 1])
 
@@ -218,11 +229,14 @@ def test_edits_change_the_mlp_input_by_exactly_the_atom_times_the_change():
     model.blocks[0].mlp.register_forward_pre_hook(lambda mlp, args: inputs.append(args[0]))
     idx = torch.randint(65, (2, 10))
     _, codes = model.run_with_codes(idx)
-    feature = codes[0][1].ids[0, 4, 2].item()  # active at one token at least, and not at all of them
+    feature = codes[0][1].ids[0, 4, 2].item()  # active at one token at least, not at all of them
     old = codes[0][1].values.masked_fill(codes[0][1].ids != feature, 0).sum(-1)
     assert (old != 0).any() and (old == 0).any()
     atom = sae.atoms(1, [feature])[0]
-    for keep, add, change in ((1, 8.0, torch.full_like(old, 8.0)), (0, 0.0, -old), (0, 5.0, 5.0 - old)):
+    steered = (1, 8.0, torch.full_like(old, 8.0))
+    ablated = (0, 0.0, -old)
+    set_to_5 = (0, 5.0, 5.0 - old)
+    for keep, add, change in (steered, ablated, set_to_5):
         sae.edits = [(1, feature, keep, add)]
         model(idx)
         torch.testing.assert_close(inputs[-1] - inputs[0], change[..., None] * atom)
