@@ -55,7 +55,8 @@ class KVCache:
 
     def append(self, layer, k, v):
         """Add k, v (B, H, T, D) of new tokens -> those of all tokens so far."""
-        keys, values = self.kv[layer]  # (B, H, block_size, D)
+        keys = self.kv[layer, 0]  # (B, H, block_size, D)
+        values = self.kv[layer, 1]
         end = self.length + k.shape[2]
         keys[:, :, self.length:end] = k
         values[:, :, self.length:end] = v
