@@ -11,6 +11,7 @@ block that a parent opens, N = tokens; of all levels, K = active features and F 
 """
 import contextlib
 import functools
+import importlib.util
 import math
 import warnings
 from typing import NamedTuple
@@ -430,6 +431,36 @@ def _topk(score, k):
     return among // k * n_groups + best.gather(1, among % k)
 
 
+# On these devices the operators may run the kernels of cayley_triton.py instead, see use_kernels.
+TRITON_DEVICES = ("cuda",)
+_use_triton = False
+
+
+def use_kernels(name):
+    """
+    Choose what the operators run on CUDA from now on: "torch", or "triton" for cayley_triton.py's
+    kernels where they cover a shape.
+
+    Raises ValueError for another name, or where Triton or that file is missing.
+    """
+    global _use_triton
+    if name not in ("torch", "triton"):
+        raise ValueError(f"kernels={name!r}: must be 'torch' or 'triton'")
+    if name == "triton":
+        for module in ("triton", "cayley_triton"):
+            if not importlib.util.find_spec(module):
+                raise ValueError(f"kernels='triton': there is no module {module} here")
+    _use_triton = name == "triton"
+
+
+def _triton_for(x, plan):
+    """cayley_triton, where it is in use and covers x's type and a plan, a tuple; otherwise None."""
+    if not _use_triton or x.device.type not in TRITON_DEVICES:
+        return None
+    import cayley_triton
+    return cayley_triton if cayley_triton.supports(plan[0], plan, x.dtype) else None
+
+
 class _PlannedLevel(NamedTuple):
     """A level as select works on it: blocks of 2^m features, all of them where there is no gate."""
 
@@ -480,6 +511,9 @@ def select(x: Tensor, scale: Tensor, offset: Tensor, plan: list[int]) -> tuple[T
     (all of a level that has no gate) -> ids (N, K), and products <x, phi_v> (N, K), which are
     differentiable in x.
     """
+    triton_kernels = _triton_for(x, tuple(plan))
+    if triton_kernels:
+        return triton_kernels.select(x, scale, offset, plan)
     d = x.shape[1]
     levels = []
     start = 0
@@ -510,6 +544,9 @@ def combine(ids: Tensor, weights: Tensor, t: int, n: int) -> Tensor:
 
     ids (N, K) of the n-bit level, weights (N, K) -> (N, 2^t).
     """
+    triton_kernels = _triton_for(weights, (t,))
+    if triton_kernels:
+        return triton_kernels.combine(ids, weights, t, n)
     out = weights.new_empty(len(ids), 2**t)
     for tokens, rows, index in _atom_rows(ids, t, n, weights.dtype, weights.device):
         out[tokens] = nn.functional.embedding_bag(
@@ -521,6 +558,9 @@ def combine(ids: Tensor, weights: Tensor, t: int, n: int) -> Tensor:
 @torch.library.custom_op("cayley::project", mutates_args=())
 def project(y: Tensor, ids: Tensor, t: int, n: int) -> Tensor:
     """Products <y, sqrt(d) phi>: y (N, 2^t), ids (N, K) of the n-bit level -> (N, K)."""
+    triton_kernels = _triton_for(y, (t,))
+    if triton_kernels:
+        return triton_kernels.project(y, ids, t, n)
     out = y.new_empty(ids.shape)
     for tokens, rows, index in _atom_rows(ids, t, n, y.dtype, y.device):
         N, K = index.shape
