@@ -79,17 +79,18 @@ out_dir = "out/scorecard"
 layers = ""  # to read, as "1,2"; "": the middle one
 seeds = 1  # post-hoc SAEs of each kind and model
 labels = ""  # an .npz; "": those of labels.py
-sae_tokens = 1_400_000  # that a post-hoc SAE is fitted to
-sae_lr = 2e-3  # of its Adam, at the peak
-label_tokens = 2_000_000  # of the train split, that are labelled; windows are drawn from them
-fit_tokens = 131_072  # for features, thresholds and probes
-score_tokens = 200_000  # of the val split
-causal_tokens = 4096  # for steering and ablation
-n_windows = 256  # of the val split, for losses
+sae_tokens = 700_000  # that a post-hoc SAE is fitted to
+sae_lr = 5e-3  # of its Adam, at the peak; the best of records/scorecard/sae_lr.csv
+splice_all = True  # fit SAEs to every layer of the dense twin, for the loss with all of them
+label_tokens = 1_000_000  # of the train split, that are labelled; windows are drawn from them
+fit_tokens = 65_536  # for features, thresholds and probes
+score_tokens = 131_072  # of the val split
+causal_tokens = 2048  # for steering and ablation
+n_windows = 128  # of the val split, for losses
 batch_size = 16  # windows in a forward pass
 device = "auto"
 
-SAE_BATCH = 2048  # tokens in a step of a post-hoc SAE
+SAE_BATCH = 1024  # tokens in a step of a post-hoc SAE
 STEER_KL = 0.1  # nats a token
 BINS = 256  # of scores, for AUC
 TOP_CONTEXTS = 16
@@ -97,25 +98,37 @@ RARE = 1e-4  # activations per token
 RESAMPLES = 1000
 FEWEST = 30  # tokens with a label on either side, for it to count
 REFERENCE = "TopK SAE on dense"  # that differences are to
-NOT_KEYS = ("ckpt", "dense", "out_dir", "layers", "seeds", "device", "batch_size")
+NOT_KEYS = ("ckpt", "dense", "out_dir", "layers", "seeds", "splice_all", "device",
+            "batch_size")
+SAE_KEYS = ("sae_tokens", "sae_lr")  # which other rows don't depend on
 
 # -----------------------------------------------------------------------------
 # finished parts on the disk
 
 
 class Parts:
-    """Results by name in a directory, computed once for each key: a dict of what they depend on."""
+    """
+    Results by name in a directory, computed once for each key, a dict of what they depend on.
 
-    def __init__(self, directory, key):
+    sae_key: what those depend on beside it whose name has "SAE".
+    """
+
+    def __init__(self, directory, key, sae_key):
+        self.directory = self._make(directory, key)
+        self.sae_directory = self._make(directory, {**key, **sae_key})
+
+    def _make(self, directory, key):
         text = json.dumps(key, sort_keys=True)
-        self.directory = os.path.join(directory, hashlib.sha256(text.encode()).hexdigest()[:16])
-        os.makedirs(self.directory, exist_ok=True)
-        write_text(os.path.join(self.directory, "key.json"), text)
+        path = os.path.join(directory, hashlib.sha256(text.encode()).hexdigest()[:16])
+        os.makedirs(path, exist_ok=True)
+        write_text(os.path.join(path, "key.json"), text)
+        return path
 
     def get(self, name, compute):
         """What compute() returns, tensors and plain values, or did before."""
         safe = "".join(c if c.isalnum() else "_" for c in name)
-        path = os.path.join(self.directory, f"{safe}.pt")
+        directory = self.sae_directory if "SAE" in name else self.directory
+        path = os.path.join(directory, f"{safe}.pt")
         if not os.path.exists(path):
             value = compute()
             with atomic(path, "wb") as file:
@@ -599,6 +612,17 @@ class Table:
         column[rows] = values
         return column
 
+    def at(self, tokens):
+        """Codes of all features at some tokens (M,), each named once, -> (M, n_features)."""
+        if self.dense is not None:
+            return self.dense[tokens]
+        place = np.full(self.n_tokens, -1)
+        place[tokens] = np.arange(len(tokens))
+        kept = place[self.rows] >= 0
+        codes = np.zeros((len(tokens), self.n_features), dtype=np.float32)
+        codes[place[self.rows[kept]], self.owners[kept]] = self.values[kept]
+        return codes
+
     def sums(self, weights):
         """Sums over tokens of code * weight: weights (N, L) -> (n_features, L)."""
         if self.dense is not None:
@@ -904,9 +928,8 @@ def absorption(arm, fit, score, fit_x, score_x, fit_letters, score_letters):
         cosines = F.cosine_similarity(atoms, direction[None]).numpy()
         main = main_features(fit, fit_letters == letter)
         projections = (score_x[hits] @ direction).numpy()
-        codes = np.stack([score.column(f)[hits] for f in range(score.n_features)], 1)
-        results = [word_absorption(code * norms * cosines, cosines, main, projection)
-                   for code, projection in zip(codes, projections)]
+        results = [word_absorption(codes * norms * cosines, cosines, main, projection)
+                   for codes, projection in zip(score.at(hits), projections)]
         if results:
             rows.append([*np.mean(results, axis=0), f1])
     if not rows:
@@ -1116,10 +1139,11 @@ def loss_arms(pair, at_layers, topk):
     skips = {layer: nn.Identity() for layer in range(n_layer)}
     arms = {
         "dense": (pair.dense, {}, pair.dense),
-        "dense, TopK SAE in all layers": (pair.dense, topk, pair.dense),
         "Cayley": (pair.cayley, {}, pair.dense),
         "Cayley, dense input in all layers": (pair.cayley, skips, pair.cayley),
     }
+    if len(topk) == n_layer:
+        arms["dense, TopK SAE in all layers"] = (pair.dense, topk, pair.dense)
     for layer in at_layers:
         one = {layer: topk[layer]}
         arms[f"dense, TopK SAE in layer {layer}"] = (pair.dense, one, pair.dense)
@@ -1201,7 +1225,7 @@ def cached_saes(parts, name, model, windows, jobs, width, k, seed):
         saes = fitted_saes(model, windows, jobs, width, k, seed)
         return [{key: value.cpu() for key, value in sae.state_dict().items()} for sae in saes]
 
-    states = parts.get(f"{name} {jobs} seed {seed}", compute)
+    states = parts.get(f"SAEs {name} {jobs} seed {seed}", compute)
     saes = {}
     for job, state in zip(jobs, states):
         sae = TopKSAE(model.config.n_embd, width, k).to(on_device(model))
@@ -1340,11 +1364,13 @@ def read_pair(pair, data, at_layers):
     Everything about one pair, from the disk where it is there: read_losses' list, and read_rows'
     lists as {(layer, name): list}.
     """
-    settings = {key: value for key, value in SETTINGS.items() if key not in NOT_KEYS}
+    settings = {k: v for k, v in SETTINGS.items() if k not in NOT_KEYS and k not in SAE_KEYS}
     key = {**data.key, "digests": pair.digests, "settings": settings}
-    parts = Parts(os.path.join(out_dir, "parts"), key)
+    sae_key = {k: SETTINGS[k] for k in SAE_KEYS}
+    parts = Parts(os.path.join(out_dir, "parts"), key, sae_key)
     shape = code_shape(pair.cayley.saes()[0])
-    on_dense = [(layer, "TopK") for layer in range(len(pair.dense.blocks))]
+    spliced_layers = range(len(pair.dense.blocks)) if splice_all else at_layers
+    on_dense = [(layer, "TopK") for layer in spliced_layers]
     on_dense += [(layer, "Matryoshka") for layer in at_layers]
     on_cayley = [(layer, "TopK") for layer in at_layers]
     fitted = []

@@ -202,6 +202,7 @@ def test_dense_and_sparse_tables_say_the_same():
     sparse = scorecard.Table(np.broadcast_to(np.arange(7), values.shape), values, 7)
     np.testing.assert_allclose(dense.sums(weights), sparse.sums(weights), rtol=1e-6)
     np.testing.assert_array_equal(dense.column(3), sparse.column(3))
+    np.testing.assert_array_equal(dense.at(np.array([7, 2])), sparse.at(np.array([7, 2])))
     truth = rng.random((50, 1)) < 0.4
     expected = values[truth[:, 0]].mean(0) - values[~truth[:, 0]].mean(0)
     differences = scorecard.mean_differences(sparse, truth)
@@ -456,7 +457,7 @@ def test_absorption_of_a_planted_hierarchy():
     rng = np.random.default_rng(0)
     d, n = 16, 3000
     letters = rng.integers(0, 4, n)
-    kind = rng.random(n) < 0.25  # of a letter's words, one kind has a feature of its own
+    kind = rng.random(n) < 0.04  # few words of a letter have a feature of their own
     atoms = torch.eye(d)[:8].clone()
     atoms[4:] = F.normalize(torch.eye(d)[:4] + torch.eye(d)[4:8], dim=1)  # the letter and the kind
 
@@ -473,11 +474,11 @@ def test_absorption_of_a_planted_hierarchy():
         codes, x = table(absorbed)
         arm = scorecard.Arm("planted", None, None, 8, atoms)
         scores[absorbed] = scorecard.absorption(arm, codes, codes, x, x, letters, letters)
-    assert scores[True]["letters"] == 4 and scores[True]["probe_f1"] > 0.95
-    assert scores[False]["full"] == 0
-    found_main_only = scores[True]["full"]
-    assert found_main_only == pytest.approx(0.25, abs=0.05) or found_main_only == 0
-    assert scores[True]["fraction"] > scores[False]["fraction"] or found_main_only == 0
+    for score in scores.values():
+        assert score["letters"] == 4 and score["probe_f1"] > 0.95
+    assert scores[True]["full"] == pytest.approx(kind.mean(), abs=0.01)
+    assert scores[True]["fraction"] == pytest.approx(kind.mean(), abs=0.01)
+    assert scores[False]["full"] == 0 and scores[False]["fraction"] < scores[True]["fraction"]
 
 
 # -----------------------------------------------------------------------------
