@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from cayley import CHUNK_BYTES, TABLE_BYTES, parse_levels
 from configurator import configure, run_main
-from data import write_text
+from data import Windows, write_text
 from model import GPTConfig
 
 # settings, see configurator.py
@@ -239,6 +239,51 @@ def largest_batch(config, card_bytes, world_size=1, compiled=False):
         batch_size += 1
         peak = memory_account(config, batch_size, world_size, compiled=compiled)["peak"]
     return batch_size - 1
+
+
+# -----------------------------------------------------------------------------
+# the plan of a run: train.py --dry_run
+
+
+def show_data(settings):
+    """A line on the training data, as far as they are there."""
+    data_dir = settings["data_dir"]
+    try:
+        windows = Windows(data_dir, "train", settings["block_size"])
+    except ValueError as error:
+        return f"not ready ({error})"
+    per_iter = settings["gradient_accumulation_steps"] * settings["batch_size"]
+    epochs = settings["max_iters"] * per_iter / len(windows)
+    tokenizer = windows.meta["tokenizer"]
+    return f"{data_dir}: tokenizer {tokenizer}, {len(windows):,} windows, read {epochs:.2f} times"
+
+
+def show_plan(settings, rates):
+    """
+    Print what a run of train.py's settings would be, and a rank's memory; no GPU is needed.
+
+    rates: Muon's and AdamW's at the schedule's corners, {iteration: (rate, rate)}.
+    """
+    config = GPTConfig(**{f.name: settings[f.name] for f in fields(GPTConfig)})
+    ranks = int(os.environ.get("WORLD_SIZE", 8))
+    batch_size = settings["batch_size"]
+    compiled = settings["torch_compile"]
+    tokens = settings["gradient_accumulation_steps"] * batch_size * config.block_size
+    iterations = settings["max_iters"]
+    muon, adamw = muon_parameters(config), adamw_parameters(config)
+    print("settings: " + ", ".join(f"{key}={value!r}" for key, value in settings.items()))
+    print(f"data: {show_data(settings)}")
+    print(f"parameters: {muon + adamw:,}, of which Muon's {muon:,}")
+    print(f"tokens: {iterations:,} iterations of {tokens:,} = {iterations * tokens:,}")
+    print(f"arithmetic: {flops_per_token(config) * iterations * tokens:.3g} FLOPs")
+    for it, (muon_rate, adamw_rate) in sorted(rates.items()):
+        print(f"iteration {it:,}: learning rates {muon_rate:.3g} (Muon), {adamw_rate:.3g} (AdamW)")
+    print(f"memory of one of {ranks} ranks in bf16, on paper (torchrun sets the number):")
+    for name, size in memory_account(config, batch_size, ranks, compiled=compiled).items():
+        print(f"  {name:26} {size / 1e9:8.2f} GB")
+    for card in CARDS:
+        fits = largest_batch(config, card * 1e9, ranks, compiled)
+        print(f"  a card of {card} GB holds batch_size up to {fits}")
 
 
 # -----------------------------------------------------------------------------

@@ -33,6 +33,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import account
+import cayley
 from configurator import configure, run_main
 from data import Windows, atomic, get_tokenizer, lock, write_json
 from evals import code_statistics, explained
@@ -91,12 +92,14 @@ parity_iters = 895  # of its warmdown
 device = "auto"  # "cuda", "cuda:1", "cpu", "mps"; auto: CUDA where there is one
 dtype = "auto"  # "bfloat16" (autocast) or "float32"; auto: bfloat16 on CUDA, float32 elsewhere
 torch_compile = True
+kernels = "auto"  # of the layer on CUDA: "torch", "triton"; auto: the faster, if both agree
 dry_run = False  # print the plan of the run and its memory on paper, and stop
 
 CHOICES = {
     "init_from": ("scratch", "resume"),
     "lr_schedule": ("linear_warmdown", "cosine", "constant", "parity"),
     "dtype": ("auto", "bfloat16", "float32"),
+    "kernels": ("auto", "torch", "triton"),
 }
 AT_LEAST_1 = (
     "eval_interval",
@@ -267,6 +270,7 @@ class Run(NamedTuple):
     raw_model: GPT
     model: torch.nn.Module  # the same, compiled and in DDP
     optimizer: MuonAdamW
+    use_bf16: bool
     autocast: contextlib.AbstractContextManager
 
 
@@ -838,6 +842,37 @@ def prepare_final_evals(config):
     return run_final_evals
 
 
+def choose_kernels(run):
+    """
+    The CayleySAEs' kernels on CUDA, by the kernels setting, after a check on a real batch.
+
+    Raises ValueError for kernels="triton" where these can't be had or give other results.
+    """
+    if kernels == "torch" or not run.raw_model.saes():
+        return
+    try:
+        if run.ranks.device.type != "cuda":
+            raise ValueError(f"kernels='triton' needs a CUDA device, not {run.ranks.device}")
+        cayley.use_kernels("triton")
+    except ValueError as error:
+        if kernels == "triton":
+            raise
+        if run.ranks.device.type == "cuda":
+            print(f"rank {run.ranks.rank}: PyTorch's kernels are used ({error})", file=sys.stderr)
+        return
+    import cayley_triton
+    idx, _ = next(micro_batches(run, 0))
+    run.raw_model.eval()
+    with torch.no_grad(), run.autocast, run.raw_model.recording() as records:
+        run.raw_model(idx)
+    run.raw_model.train()
+    sae, x = run.raw_model.saes()[0], records[0][-1].x.flatten(0, 1)
+    x = x.to(torch.bfloat16 if run.use_bf16 else torch.float32)
+    message = cayley_triton.choose(sae, x, kernels, run.ranks.sum)
+    if run.ranks.master:
+        print(message)
+
+
 def start_run(config, ranks):
     """Data, model and optimizer -> a Run at its beginning."""
     torch.manual_seed(seed)
@@ -856,54 +891,23 @@ def start_run(config, ranks):
         optimizer=MuonAdamW(
             raw_model, muon_lr, adamw_lr, momentum, (beta1, beta2), weight_decay
         ),
+        use_bf16=use_bf16,
         autocast=torch.autocast(ranks.device.type, dtype=torch.bfloat16, enabled=use_bf16),
     )
 
 
 # -----------------------------------------------------------------------------
-# what a run would be
-
-
-def show_data():
-    """A line on the data of data_dir, as far as it is there."""
-    try:
-        train_windows = Windows(data_dir, "train", block_size)
-    except ValueError as error:
-        return f"not ready ({error})"
-    epochs = max_iters * gradient_accumulation_steps * batch_size / len(train_windows)
-    return (f"{data_dir}: tokenizer {train_windows.meta['tokenizer']}, {len(train_windows):,} "
-            f"training windows, read {epochs:.2f} times")
-
-
-def show_plan(config):
-    """Print settings, data, sizes, schedule and one rank's memory on paper: no GPU is needed."""
-    model_config = gpt_config(config)
-    world_size = int(os.environ.get("WORLD_SIZE", 8))
-    per_iter = gradient_accumulation_steps * batch_size * block_size
-    parameters = account.muon_parameters(model_config) + account.adamw_parameters(model_config)
-    print("settings: " + ", ".join(f"{key}={value!r}" for key, value in config.items()))
-    print(f"data: {show_data()}")
-    print(f"parameters: {parameters:,}, of which Muon's {account.muon_parameters(model_config):,}")
-    print(f"tokens: {max_iters:,} iterations of {per_iter:,} = {max_iters * per_iter:,}")
-    print(f"arithmetic: {account.flops_per_token(model_config) * max_iters * per_iter:.3g} FLOPs")
-    corners = {0, warmup_iters, int((1 - warmdown_frac) * max_iters), max_iters}
-    for it in sorted(corners):
-        rates = get_lr(it, muon_lr, muon_min_lr), get_lr(it, adamw_lr, adamw_min_lr)
-        print(f"iteration {it:,}: learning rates {rates[0]:.3g} (Muon), {rates[1]:.3g} (AdamW)")
-    print(f"memory of one of {world_size} ranks in bf16, on paper (torchrun sets the number):")
-    memory = account.memory_account(model_config, batch_size, world_size, compiled=torch_compile)
-    for name, size in memory.items():
-        print(f"  {name:26} {size / 1e9:8.2f} GB")
-    for card in account.CARDS:
-        fits = account.largest_batch(model_config, card * 1e9, world_size, torch_compile)
-        print(f"  a card of {card} GB holds batch_size up to {fits}")
 
 
 def main():
     config = configure(globals())
     check_settings()
     if dry_run:
-        return show_plan(config)
+        corners = (0, warmup_iters, int((1 - warmdown_frac) * max_iters), max_iters)
+        rates = {}
+        for it in corners:
+            rates[it] = get_lr(it, muon_lr, muon_min_lr), get_lr(it, adamw_lr, adamw_min_lr)
+        return account.show_plan(config, rates)
     ranks = Ranks()
     run = start_run(config, ranks)
     final = prepare_final_evals(config) if final_evals else None
@@ -928,6 +932,7 @@ def main():
             if state.iter >= state.end:
                 print(f"{out_path('last.pt')} has its {state.iter} iterations already: a larger "
                       "--max_iters goes on")
+        choose_kernels(run)
         stopped = train(run, state, log)
         if ranks.master and stopped:
             print(f"stopped after iteration {state.iter - 1}: {out_path('last.pt')} is written, go "
