@@ -771,6 +771,7 @@ def bench_gpu_steps(sizes, start, compiled):
 def bench_gpu_sampling(sizes):
     """Tokens a second of one sequence with the cache; reading the context is in the time."""
     rows = {}
+    switch_kernels(kernel_names()[-1])
     for name, levels in sizes.models.items():
         with torch.device(device):
             model = GPT(gpu_config(sizes, levels))
