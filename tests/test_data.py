@@ -129,6 +129,8 @@ def test_bytes_round_trip(prepared):
     whole_shards = [shard["tokens"] for shard in meta["shards"][1:-1]]
     assert whole_shards == [4000] * len(whole_shards) and len(whole_shards) > 1
     names = {path.name for path in prepared.iterdir()}
+    n_train = len(meta["shards"]) - 1
+    assert names == {"meta.json", "val_000000.bin", *(f"train_{i:06d}.bin" for i in range(n_train))}
     assert names == {shard["file"] for shard in meta["shards"]} | {"meta.json"}
 
 
