@@ -2,50 +2,58 @@
 A checkpoint in other tools' formats, in a new directory.
 
     python export.py --ckpt ckpt.pt --export_format=safetensors --out_dir=exported
+    python export.py --ckpt ckpt.pt --export_format=hf --out_dir=cayley-small
     python export.py --ckpt ckpt.pt --export_format=saelens --out_dir=saes
+    python export.py --ckpt ckpt.pt --export_format=neuronpedia --out_dir=cayley-small
 
 safetensors: model.safetensors and config.json. Read it back with
 safetensors.torch.load_model(GPT(GPTConfig(**config["model_args"])), "model.safetensors").
+
+hf: a folder that transformers' AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+loads where this repository isn't: weights, settings, tokenizer, the model card, and one modeling
+file made of cayley.py, model.py and hf_model.py. Logits are the same bit for bit.
 
 saelens: a SAELens SAE per layer and level. SAE.load_from_disk("saes/layer_3_level_1") is a TopK SAE
 of the output of blocks.3.ln_2. The atoms are W_dec; the atoms over each feature's deviation are
 W_enc. A layer's MLP reads the sum of its levels' reconstructions. Two things SAELens can't express:
 it makes negative codes 0, and it has no gate. Level 0, and every level of a model without
-per_parent_budget, is encoded as the model does; for a gated level SAELens takes the k largest of
-all features, and the share of the model's active features that it still finds is printed and
-written to cfg.json. W_enc and W_dec are dense: a level of 32,768 features at d=1024 takes 268 MB.
+per_parent_budget, is encoded as the model does otherwise; for a gated level SAELens takes the k
+largest of all features. Printed and written to cfg.json, measured on windows of the val split: the
+share of the model's active features that it still finds, and what the loss gains when the MLPs read
+SAELens' codes. W_enc and W_dec are dense: a level of 32,768 features at d=1024 takes 268 MB.
 
-All formats need safetensors (pip install safetensors).
+neuronpedia: requests for https://www.neuronpedia.org/api/feature/upload-batch, one a file,
+SOURCE/batch-0.json and so on, of at most 128 features each: density, tokens whose logits a feature
+raises and lowers most (features.py says how), and the contexts of its largest codes. The sources
+are 0-cayley-level-0, ...: a source set a level, a source a layer. A feature without activations is
+refused there, and left out. Create model (its id is out_dir's last name) and source sets first.
+
+All but neuronpedia need safetensors (pip install safetensors); none needs the other tool.
 """
-import ast
-import hashlib
-import math
 import os
 
+import numpy as np
 import torch
+import torch.nn as nn
 
-from cayley import CayleySAE
+import features
+from cayley import CayleySAE, Codes
 from configurator import configure, run_main
-from data import (
-    atomic,
-    get_tokenizer,
-    new_directory,
-    read_text,
-    run_windows,
-    write_json,
-    write_text,
-)
+from data import atomic, get_tokenizer, new_directory, run_windows, write_json, write_text
+from evals import mean_and_error, window_losses
+from hf_folder import MODELING, hf_configs, inlined_source, tokenizer_json
 from model import build_model, load_checkpoint
 from model_card import model_card, read_run
 
 # settings, see configurator.py
 ckpt = "out/ckpt.pt"  # or a directory with a ckpt.pt
-export_format = "safetensors"  # or "saelens"
+export_format = "safetensors"  # or "hf", "saelens", "neuronpedia"
 out_dir = "exported"  # a new directory
-data_dir = ""  # whose val split the gate's effect is measured on; "": that of the run
+data_dir = ""  # for saelens and neuronpedia; "": that of the run
+tokens = 1_000_000  # for neuronpedia, of the train split, at most
 
-END_OF_TEXT = "<|endoftext|>"
-N_WINDOWS = 8  # of the val split, for the gate's effect
+BATCH = 128  # features in a request: Neuronpedia takes no more
+N_WINDOWS = 16  # of the val split, for what SAELens can't express
 
 
 def write_safetensors(path, tensors):
@@ -79,134 +87,6 @@ def export_safetensors(model, checkpoint, directory):
 
 # -----------------------------------------------------------------------------
 # Hugging Face
-
-MODELING = "modeling_cayley_gpt"
-
-
-def inlined_source(names):
-    """
-    Sources of this directory, such as "model.py", one after the other as one that imports no file
-    of this directory.
-
-    An import of a file that is not among them raises ImportError there. PyTorch knows operators by
-    name in a whole process, so theirs get a number of this source: versions don't mix.
-    """
-    here = os.path.dirname(os.path.abspath(__file__))
-    files = {file.removesuffix(".py") for file in os.listdir(here) if file.endswith(".py")}
-    parts = []
-    for name in names:
-        source = read_text(os.path.join(here, name))
-        lines = source.splitlines()
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.Import):
-                modules = {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                modules = {node.module}
-            else:
-                continue
-            if modules & files:
-                inlined = {f"{module}.py" for module in modules} <= set(names)
-                indent = " " * node.col_offset
-                line = "" if inlined else f"{indent}raise ImportError('is not in this file')"
-                lines[node.lineno - 1:node.end_lineno] = [line] + [""] * (
-                    node.end_lineno - node.lineno)
-        parts.append("\n".join(lines))
-    source = "\n\n\n".join(parts) + "\n"
-    digest = hashlib.sha256(source.encode()).hexdigest()[:8]
-    return source.replace('custom_op("cayley::', f'custom_op("cayley_{digest}::')
-
-
-def byte_characters():
-    """The character that byte-level tokenizers write for each byte, as GPT-2 chose them."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    characters = {byte: chr(byte) for byte in printable}
-    characters.update({byte: chr(256 + i) for i, byte in enumerate(others)})
-    return characters
-
-
-def merged_pair(token, ranks):
-    """The two tokens (bytes) that byte-pair encoding merges last into a token of ranks."""
-    parts = [bytes([byte]) for byte in token]
-    while len(parts) > 2:
-        pairs = [ranks.get(a + b, math.inf) for a, b in zip(parts, parts[1:])]
-        first = pairs.index(min(pairs))
-        parts[first:first + 2] = [parts[first] + parts[first + 1]]
-    return parts
-
-
-def tokenizer_json(encoding):
-    """tokenizer.json, for the tokenizers library, of a tiktoken Encoding: "gpt2" or "bytes"."""
-    characters = byte_characters()
-
-    def written(token):
-        return "".join(characters[byte] for byte in token)
-
-    tokens = [encoding.decode_single_token_bytes(i) for i in range(encoding.eot_token)]
-    ranks = {token: rank for rank, token in enumerate(tokens)}
-    merges = [merged_pair(token, ranks) for token in tokens if len(token) > 1]
-    words = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    words["use_regex"] = encoding.name == "gpt2"  # bytes are not divided into words
-    end_of_text = {"id": encoding.eot_token, "content": END_OF_TEXT, "special": True}
-    for flag in ("single_word", "lstrip", "rstrip", "normalized"):
-        end_of_text[flag] = False
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [end_of_text],
-        "normalizer": None,
-        "pre_tokenizer": words,
-        "post_processor": None,
-        "decoder": words,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": "",
-            "end_of_word_suffix": "",
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "vocab": {written(token): rank for token, rank in ranks.items()},
-            "merges": [" ".join(map(written, pair)) for pair in merges],
-        },
-    }
-
-
-def hf_configs(model, encoding):
-    """What the folder's .json files hold, {name: value}, tokenizer.json aside."""
-    end = encoding.eot_token
-    special = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
-    padding_ids = list(range(encoding.n_vocab, model.config.vocab_size))
-    return {
-        "config.json": {
-            "architectures": ["CayleyGPTForCausalLM"],
-            "auto_map": {
-                "AutoConfig": f"{MODELING}.CayleyGPTConfig",
-                "AutoModelForCausalLM": f"{MODELING}.CayleyGPTForCausalLM",
-            },
-            "model_type": "cayley_gpt",
-            "dtype": "float32",
-            "tie_word_embeddings": True,
-            **vars(model.config),
-            **special,
-        },
-        "generation_config.json": {
-            **special,
-            "suppress_tokens": padding_ids or None,  # of the vocabulary: never sampled
-        },
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": END_OF_TEXT,
-            "eos_token": END_OF_TEXT,
-            "pad_token": END_OF_TEXT,
-            "padding_side": "left",
-            "model_max_length": model.config.block_size,
-            "model_input_names": ["input_ids", "attention_mask"],
-            "clean_up_tokenization_spaces": False,
-        },
-    }
-
 
 def export_hf(model, checkpoint, directory):
     """A folder that transformers loads with trust_remote_code=True, and its card."""
@@ -243,6 +123,38 @@ def check_expressible(model):
         )
 
 
+def ungated(sae):
+    """The CayleySAE with an other's weights and no gate, in evaluation mode."""
+    free = CayleySAE(sae.n_embd, sae.levels, False, sae.score_standardize, sae.forward_standardized)
+    free.load_state_dict(sae.state_dict())
+    return free.eval()
+
+
+class SaelensCode(nn.Module):
+    """Stands in for a CayleySAE: what the SAELens SAEs of its levels reconstruct together."""
+
+    def __init__(self, sae):
+        super().__init__()
+        self.sae = ungated(sae)
+
+    def forward(self, x):
+        """x (..., d) -> (..., d)."""
+        codes = [Codes(c.ids, c.values.relu()) for c in self.sae.encode(x)]
+        return self.sae.decode(codes)
+
+
+def spliced_losses(model, layers, windows):
+    """evals.window_losses of windows (M, T + 1) with SaelensCode in some layers."""
+    saes = model.saes()
+    for layer in layers:
+        model.blocks[layer].sae = SaelensCode(saes[layer])
+    try:
+        return window_losses(model, windows)
+    finally:
+        for layer in layers:
+            model.blocks[layer].sae = saes[layer]
+
+
 @torch.no_grad()
 def gate_agreement(model, idx):
     """
@@ -254,32 +166,46 @@ def gate_agreement(model, idx):
         model(idx)
     shares = []
     for sae, (record,) in zip(model.saes(), records):
-        free = CayleySAE(
-            sae.n_embd, sae.levels, False, sae.score_standardize, sae.forward_standardized
-        ).eval()
-        free.load_state_dict(sae.state_dict())
         of_layer = []
-        for gated, ungated in zip(sae.encode(record.x), free.encode(record.x)):
-            equal = gated.ids.unsqueeze(-1) == ungated.ids.unsqueeze(-2)  # (B, T, k, k)
+        for gated, free in zip(record.codes, ungated(sae).encode(record.x)):
+            equal = gated.ids.unsqueeze(-1) == free.ids.unsqueeze(-2)  # (B, T, k, k)
             of_layer.append(equal.any(-1).float().mean().item())
         shares.append(of_layer)
     return shares
 
 
-def measure_gate(model, config):
-    """gate_agreement on some of the val split, or None, and why, where there is none."""
+def measure_saelens(model, config):
+    """
+    Per layer a dict for its SAEs' metadata: what SAELens' codes share with the model's, and cost.
+
+    Of some windows of the val split; None, and printed why, where there is none.
+    """
     try:
-        windows = run_windows(config, "val", data_dir)
+        split = run_windows(config, "val", data_dir)
     except (ValueError, OSError) as error:
-        print(f"the gate's effect is not measured: {error}")
+        print(f"the cost of what SAELens can't express is not measured: {error}")
         return None
-    idx = windows.shuffled(0, min(N_WINDOWS, len(windows)), seed=0)[:, :-1]
-    agreement = gate_agreement(model, torch.from_numpy(idx))
-    for layer, shares in enumerate(agreement):
-        shown = ", ".join(f"{share:.1%}" for share in shares)
-        print(f"layer {layer}: active features that SAELens finds without the gate, "
-              f"by level: {shown}")
-    return agreement
+    windows = split.shuffled(0, min(N_WINDOWS, len(split)), seed=0)
+    shares = gate_agreement(model, torch.from_numpy(windows[:, :-1]))
+    own = np.array(window_losses(model, windows))
+    everywhere = range(len(model.saes()))
+    added, error = mean_and_error(spliced_losses(model, everywhere, windows) - own)
+    error = f" +- {error:.2g}" if error is not None else ""
+    print(f"val loss {own.mean():.4f} on {windows[:, 1:].size:,} tokens; with SAELens' codes in "
+          f"all layers {added:+.4f}{error}")
+    measured = []
+    for layer in everywhere:
+        added_here, _ = mean_and_error(spliced_losses(model, [layer], windows) - own)
+        shown = ", ".join(f"{share:.1%}" for share in shares[layer])
+        print(f"layer {layer}: its active features that SAELens finds without the gate, by level: "
+              f"{shown}; val loss with SAELens' codes here {added_here:+.4f}")
+        measured.append({
+            "active_features_in_common": shares[layer],
+            "val_loss": float(own.mean()),
+            "val_loss_added_by_this_layer": added_here,
+            "val_loss_added_by_all_layers": added,
+        })
+    return measured
 
 
 def saelens_tensors(sae, level):
@@ -295,8 +221,8 @@ def saelens_tensors(sae, level):
     }
 
 
-def saelens_config(sae, layer, level, agreement):
-    """cfg.json of a SAELens TopK SAE; agreement: of gate_agreement, None if not measured."""
+def saelens_config(sae, layer, level, measured):
+    """cfg.json of a SAELens TopK SAE; measured: of measure_saelens, or None."""
     n, k, _ = sae.levels[level]
     gated = sae.block_bits[level] < n
     metadata = {
@@ -306,8 +232,9 @@ def saelens_config(sae, layer, level, agreement):
         "checkpoint": os.path.abspath(ckpt),
         "gate": "not expressed: the k largest of all features are taken" if gated else "none",
     }
-    if gated and agreement:
-        metadata["active_features_in_common"] = agreement[layer][level]
+    if measured:
+        metadata.update(measured[layer])
+        metadata["active_features_in_common"] = measured[layer]["active_features_in_common"][level]
     return {
         "architecture": "topk",
         "k": k,
@@ -326,7 +253,7 @@ def saelens_config(sae, layer, level, agreement):
 def export_saelens(model, checkpoint, directory):
     """A directory per layer and level."""
     check_expressible(model)
-    agreement = measure_gate(model, checkpoint["config"])
+    measured = measure_saelens(model, checkpoint["config"])
     for layer, sae in enumerate(model.saes()):
         for level in range(len(sae.levels)):
             path = os.path.join(directory, f"layer_{layer}_level_{level}")
@@ -334,7 +261,61 @@ def export_saelens(model, checkpoint, directory):
             tensors = saelens_tensors(sae, level)
             write_safetensors(os.path.join(path, "sae_weights.safetensors"), tensors)
             write_json(os.path.join(path, "cfg.json"),
-                       saelens_config(sae, layer, level, agreement))
+                       saelens_config(sae, layer, level, measured))
+
+
+# -----------------------------------------------------------------------------
+# Neuronpedia
+
+def neuronpedia_feature(index, reader, windows, words, logit_ids, logit_values):
+    """A feature with its contexts of largest codes, as upload-batch takes it."""
+    logits = []
+    for token, value in zip(logit_ids.tolist(), logit_values.tolist()):
+        logits.append({"token": words[token], "value": round(value, 4)})
+    activations = []
+    for slot in range(features.n_top):
+        if reader.refs[index, slot] >= 0:
+            _, ids, codes, _ = features.context(reader, index, slot, windows)
+            activations.append({"tokens": [words[i] for i in ids], "values": codes})
+    half = len(logits) // 2
+    return {
+        "index": int(index),
+        "density": int(reader.counts[index]) / windows.size,
+        "topLogits": logits[:half],
+        "bottomLogits": logits[:half - 1:-1],  # the most lowered first
+        "activations": activations,
+    }
+
+
+def export_neuronpedia(model, checkpoint, directory):
+    """A directory a source, with a request body for every BATCH features that were active."""
+    if not model.saes():
+        raise ValueError(f"{ckpt} is a dense twin: it has no features")
+    config = checkpoint["config"]
+    split = run_windows(config, "train", data_dir)
+    n_windows = max(1, min(tokens // model.config.block_size, len(split)))
+    windows = split.shuffled(0, n_windows, seed=0)[:, :-1]
+    words = features.vocabulary(get_tokenizer(config["tokenizer"]))
+    readers, slopes = features.read(model, windows)
+    left_out = 0
+    for layer, of_layer in enumerate(readers):
+        for level, reader in enumerate(of_layer):
+            source = f"{layer}-cayley-level-{level}"
+            os.makedirs(os.path.join(directory, source))
+            active = np.flatnonzero(reader.counts)
+            left_out += reader.size - len(active)
+            for first in range(0, len(active), BATCH):
+                ids = active[first:first + BATCH]
+                effects = features.logit_effects(
+                    model, layer, level, ids, slopes[layer], len(words)
+                )
+                batch = [neuronpedia_feature(index, reader, windows, words, *of_feature)
+                         for index, *of_feature in zip(ids, *effects)]
+                path = os.path.join(directory, source, f"batch-{first // BATCH}.json")
+                name = os.path.basename(os.path.abspath(out_dir)).lower()
+                body = {"modelId": name, "source": source, "features": batch}
+                write_json(path, body)
+    print(f"{left_out} features without an activation in {windows.size:,} tokens are left out")
 
 
 # -----------------------------------------------------------------------------
@@ -344,6 +325,7 @@ EXPORTERS = {
     "safetensors": export_safetensors,
     "hf": export_hf,
     "saelens": export_saelens,
+    "neuronpedia": export_neuronpedia,
 }
 
 
@@ -352,6 +334,10 @@ def check_settings():
     if export_format not in EXPORTERS:
         formats = ", ".join(EXPORTERS)
         raise ValueError(f"export_format={export_format!r}: must be one of {formats}")
+    if tokens < 1:
+        raise ValueError(f"tokens={tokens}: must be at least 1")
+    if export_format == "neuronpedia":
+        return
     try:
         import safetensors.torch  # noqa: F401
     except ImportError:

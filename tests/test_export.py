@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from safetensors.torch import load_model as load_safetensors
 
 import export
-from data import get_tokenizer
+from data import get_tokenizer, run_windows
 from export import saelens_tensors
+from hf_folder import inlined_source, tokenizer_json
 from model import GPT, GPTConfig, load_model
 
 
@@ -25,7 +26,7 @@ def run_export(trained, export_format, out_dir, *settings):
     """export.py in this process."""
     argv = ["export.py", f"--ckpt={trained}", f"--export_format={export_format}"]
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("ckpt", "export_format", "out_dir", "data_dir"):
+        for name in ("ckpt", "export_format", "out_dir", "data_dir", "tokens"):
             patch.setattr(export, name, getattr(export, name))  # restored afterwards
         patch.setattr(sys, "argv", [*argv, f"--out_dir={out_dir}", *settings])
         export.main()
@@ -166,15 +167,17 @@ def write_texts(folder, encoding):
     (folder / "texts.json").write_text(json.dumps(rows))
 
 
-@pytest.mark.parametrize("name", ["hf4", "hf5"])
-def test_transformers_loads_the_same_model(trained, exported, tmp_path, name):
+@pytest.mark.parametrize("name, program", [
+    ("hf4", "hf_program.py"), ("hf5", "hf_program.py"), ("nnsight", "nnsight_program.py"),
+])
+def test_elsewhere_it_is_the_same_model(trained, exported, tmp_path, name, program):
     python = interop_python(name)
     folder = tmp_path / "folder"
     shutil.copytree(exported / "hf", folder)
     write_texts(folder, get_tokenizer("bytes"))
     expected = expectations(load_model(trained)[0])
     torch.save({**expected, "resaved": str(tmp_path / "resaved")}, tmp_path / "expected.pt")
-    run_elsewhere(python, "hf_program.py", folder, tmp_path / "expected.pt", cwd=tmp_path)
+    run_elsewhere(python, program, folder, tmp_path / "expected.pt", cwd=tmp_path)
 
 
 @pytest.mark.parametrize("name", ["hf4", "hf5"])
@@ -186,7 +189,7 @@ def test_gpt2s_tokenizer_gives_the_same_ids(tmp_path, name):
         pytest.skip(str(error))
     folder = tmp_path / "folder"
     folder.mkdir()
-    (folder / "tokenizer.json").write_text(json.dumps(export.tokenizer_json(encoding)))
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(encoding)))
     tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left"}
     tokenizer_config["clean_up_tokenization_spaces"] = False
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
@@ -196,7 +199,7 @@ def test_gpt2s_tokenizer_gives_the_same_ids(tmp_path, name):
 
 def test_an_import_of_another_file_of_this_directory_fails_in_the_inlined_one():
     """What cayley.py may import of it is optional."""
-    source = export.inlined_source(["cayley.py", "model.py", "hf_model.py"])
+    source = inlined_source(["cayley.py", "model.py", "hf_model.py"])
     names = {path.stem for path in ROOT.glob("*.py")}
     for node in ast.walk(ast.parse(source)):
         modules = set()
@@ -251,6 +254,44 @@ def test_weights_give_the_scores(trained, exported):
     assert 0.05 < metadata[1]["active_features_in_common"] < 1
 
 
+class FromFiles(torch.nn.Module):
+    """What SAELens' TopK SAEs of a layer's files reconstruct together."""
+
+    def __init__(self, directory, layer, ks):
+        super().__init__()
+        self.ks = ks
+        self.weights = [load_file(directory / f"layer_{layer}_level_{i}/sae_weights.safetensors")
+                        for i in range(len(ks))]
+
+    def forward(self, x):
+        total = 0
+        for k, weights in zip(self.ks, self.weights):
+            best = (x @ weights["W_enc"] + weights["b_enc"]).topk(k)
+            codes = torch.zeros(*x.shape[:-1], len(weights["b_enc"]))
+            total = total + codes.scatter(-1, best.indices, best.values.relu()) @ weights["W_dec"]
+        return total
+
+
+@torch.no_grad()
+def test_the_cost_of_saelens_codes_is_that_of_its_files(trained, data_dir, exported):
+    model, config = load_model(trained)
+    split = run_windows(config, "val")
+    windows = torch.from_numpy(split.shuffled(0, min(16, len(split)), seed=0))
+
+    def loss():
+        return model(windows[:, :-1], windows[:, 1:])[1].item()
+
+    own = loss()
+    directory = exported / "saelens"
+    cfg = json.loads((directory / "layer_1_level_1" / "cfg.json").read_text())["metadata"]
+    assert cfg["val_loss"] == pytest.approx(own, abs=1e-5)
+    model.blocks[1].sae = FromFiles(directory, 1, [4, 6])
+    assert cfg["val_loss_added_by_this_layer"] == pytest.approx(loss() - own, abs=2e-5)
+    model.blocks[0].sae = FromFiles(directory, 0, [4, 6])
+    assert cfg["val_loss_added_by_all_layers"] == pytest.approx(loss() - own, abs=2e-5)
+    assert abs(loss() - own) > 2e-4
+
+
 @torch.no_grad()
 def test_saelens_loads_and_encodes_alike(trained, exported):
     reason = "sae-lens is not here: pip install sae-lens"
@@ -284,3 +325,57 @@ def test_weights_without_standardisation():
     codes = sae.encode(x)[0]
     scores = (x @ weights["W_enc"]).gather(1, codes.ids)
     np.testing.assert_allclose(scores, codes.values.detach(), atol=1e-5)
+
+
+# -----------------------------------------------------------------------------
+# Neuronpedia
+
+def check_request(body):
+    """
+    The schema of Neuronpedia's upload-batch, apps/webapp/app/api/feature/upload-batch/route.tsx.
+
+    Of github.com/hijohnnylin/neuronpedia at commit ebb8426 (August 2026).
+    """
+    assert body.keys() == {"modelId", "source", "features"}
+    assert body["modelId"] == body["modelId"].lower() and body["source"] == body["source"].lower()
+    assert 1 <= len(body["features"]) <= 128
+    indices = [feature["index"] for feature in body["features"]]
+    assert len(set(indices)) == len(indices)
+    for feature in body["features"]:
+        assert type(feature["index"]) is int and 0 <= feature["index"] <= 10_000_000
+        assert 0 <= feature["density"] <= 1
+        for logits in (feature["topLogits"], feature["bottomLogits"]):
+            assert len(logits) <= 20
+            assert all(logit["token"] and np.isfinite(logit["value"]) for logit in logits)
+        assert feature["activations"]
+        for activation in feature["activations"]:
+            assert 1 <= len(activation["tokens"]) == len(activation["values"]) <= 1024
+            assert all(activation["tokens"]) and np.isfinite(activation["values"]).all()
+
+
+@torch.no_grad()
+def test_neuronpedia_takes_the_requests_and_they_tell_the_codes(trained, tmp_path):
+    run_export(trained, "neuronpedia", tmp_path / "Tiny", "--tokens=960")
+    model, config = load_model(trained)
+    windows = run_windows(config, "train").shuffled(0, 30, seed=0)[:, :-1]
+    codes = model.run_with_codes(torch.from_numpy(windows))[1]
+    for layer in (0, 1):
+        for level in (0, 1):
+            directory = tmp_path / "Tiny" / f"{layer}-cayley-level-{level}"
+            bodies = [json.loads(path.read_text()) for path in directory.iterdir()]
+            for body in bodies:
+                check_request(body)
+                assert (body["modelId"], body["source"]) == ("tiny", directory.name)
+            found = {feature["index"]: feature for body in bodies for feature in body["features"]}
+            ids, values = codes[layer][level]
+            assert found.keys() == set(ids.unique().tolist())
+            for index in list(found)[::25]:
+                active = values[ids == index]
+                assert found[index]["density"] == pytest.approx(len(active) / windows.size)
+                best = max(found[index]["activations"][0]["values"])
+                assert best == pytest.approx(active.max().item(), abs=0.01)
+                raised = [logit["value"] for logit in found[index]["topLogits"]]
+                lowered = [logit["value"] for logit in found[index]["bottomLogits"]]
+                assert raised == sorted(raised, reverse=True) and lowered == sorted(lowered)
+                assert raised[-1] > lowered[-1]
+    assert not (tmp_path / "Tiny" / "2-cayley-level-0").exists()

@@ -1,0 +1,137 @@
+"""
+What a Hugging Face folder of a model holds, beside its weights and its card: see export.py.
+"""
+import ast
+import hashlib
+import math
+import os
+
+from data import read_text
+
+END_OF_TEXT = "<|endoftext|>"
+MODELING = "modeling_cayley_gpt"
+
+
+def inlined_source(names):
+    """
+    Sources of this directory, such as "model.py", one after the other as one that imports no file
+    of this directory.
+
+    An import of a file that is not among them raises ImportError there. PyTorch knows operators by
+    name in a whole process, so theirs get a number of this source: versions don't mix.
+    """
+    here = os.path.dirname(os.path.abspath(__file__))
+    files = {file.removesuffix(".py") for file in os.listdir(here) if file.endswith(".py")}
+    parts = []
+    for name in names:
+        source = read_text(os.path.join(here, name))
+        lines = source.splitlines()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                modules = {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                modules = {node.module}
+            else:
+                continue
+            if modules & files:
+                inlined = {f"{module}.py" for module in modules} <= set(names)
+                indent = " " * node.col_offset
+                line = "" if inlined else f"{indent}raise ImportError('is not in this file')"
+                lines[node.lineno - 1:node.end_lineno] = [line] + [""] * (
+                    node.end_lineno - node.lineno)
+        parts.append("\n".join(lines))
+    source = "\n\n\n".join(parts) + "\n"
+    digest = hashlib.sha256(source.encode()).hexdigest()[:8]
+    return source.replace('custom_op("cayley::', f'custom_op("cayley_{digest}::')
+
+
+def byte_characters():
+    """The character that byte-level tokenizers write for each byte, as GPT-2 chose them."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    characters = {byte: chr(byte) for byte in printable}
+    characters.update({byte: chr(256 + i) for i, byte in enumerate(others)})
+    return characters
+
+
+def merged_pair(token, ranks):
+    """The two tokens (bytes) that byte-pair encoding merges last into a token of ranks."""
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 2:
+        pairs = [ranks.get(a + b, math.inf) for a, b in zip(parts, parts[1:])]
+        first = pairs.index(min(pairs))
+        parts[first:first + 2] = [parts[first] + parts[first + 1]]
+    return parts
+
+
+def tokenizer_json(encoding):
+    """tokenizer.json, for the tokenizers library, of a tiktoken Encoding: "gpt2" or "bytes"."""
+    characters = byte_characters()
+
+    def written(token):
+        return "".join(characters[byte] for byte in token)
+
+    tokens = [encoding.decode_single_token_bytes(i) for i in range(encoding.eot_token)]
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    merges = [merged_pair(token, ranks) for token in tokens if len(token) > 1]
+    words = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    words["use_regex"] = encoding.name == "gpt2"  # bytes are not divided into words
+    end_of_text = {"id": encoding.eot_token, "content": END_OF_TEXT, "special": True}
+    for flag in ("single_word", "lstrip", "rstrip", "normalized"):
+        end_of_text[flag] = False
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [end_of_text],
+        "normalizer": None,
+        "pre_tokenizer": words,
+        "post_processor": None,
+        "decoder": words,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "vocab": {written(token): rank for token, rank in ranks.items()},
+            "merges": [" ".join(map(written, pair)) for pair in merges],
+        },
+    }
+
+
+def hf_configs(model, encoding):
+    """What the folder's .json files hold, {name: value}, tokenizer.json aside."""
+    end = encoding.eot_token
+    special = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    padding_ids = list(range(encoding.n_vocab, model.config.vocab_size))
+    return {
+        "config.json": {
+            "architectures": ["CayleyGPTForCausalLM"],
+            "auto_map": {
+                "AutoConfig": f"{MODELING}.CayleyGPTConfig",
+                "AutoModelForCausalLM": f"{MODELING}.CayleyGPTForCausalLM",
+            },
+            "model_type": "cayley_gpt",
+            "dtype": "float32",
+            "tie_word_embeddings": True,
+            **vars(model.config),
+            **special,
+        },
+        "generation_config.json": {
+            **special,
+            "suppress_tokens": padding_ids or None,  # of the vocabulary: never sampled
+        },
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": END_OF_TEXT,
+            "eos_token": END_OF_TEXT,
+            "pad_token": END_OF_TEXT,
+            "padding_side": "left",
+            "model_max_length": model.config.block_size,
+            "model_input_names": ["input_ids", "attention_mask"],
+            "clean_up_tokenization_spaces": False,
+        },
+    }
