@@ -593,16 +593,15 @@ def gpu_config(sizes, levels):
 
 
 def kernel_names():
-    """Kernels that CayleySAE can be told to use."""
-    if device != "cpu" and hasattr(cayley, "use_kernels"):
-        return ["torch", "triton"]
-    return ["torch"]
-
-
-def switch_kernels(name):
-    """Have CayleySAE use the kernels of that name."""
-    if len(kernel_names()) > 1:
-        cayley.use_kernels(name)
+    """Kernels that CayleySAE can be told to use here."""
+    if device == "cpu":
+        return ["torch"]
+    try:
+        cayley.use_kernels("triton")
+    except ValueError as error:
+        print(f"only PyTorch's kernels: {error}")
+        return ["torch"]
+    return ["torch", "triton"]
 
 
 def normalised_input(sizes):
@@ -610,20 +609,6 @@ def normalised_input(sizes):
     n_tokens = sizes.batch_size * sizes.shape["block_size"]
     x = torch.randn(n_tokens, sizes.shape["n_embd"], device=device)
     return F.rms_norm(x, (x.shape[1],)).bfloat16()
-
-
-def check_kernels(sizes):
-    """Both kernels on one batch, for every bottleneck -> {model: what compare_kernels says}."""
-    if len(kernel_names()) == 1:
-        print("\nkernels: only PyTorch's are here, nothing to compare")
-        return {}
-    results = {}
-    for name, levels in sizes.models.items():
-        if levels:
-            sae = CayleySAE(sizes.shape["n_embd"], levels).to(device)
-            results[name] = cayley.compare_kernels(sae, normalised_input(sizes))
-            print(f"\nkernels, {name}: {results[name]}")
-    return results
 
 
 def measure_bandwidth(n_bytes):
@@ -660,29 +645,53 @@ def operator_functions(sizes, levels):
     }
 
 
-def bench_operators(sizes, bandwidth):
+def agreement(one, other):
     """
-    Milliseconds of each operator beside what the memory's bandwidth allows.
+    How two kernels' results of the same operators agree, {operator: result} each.
+
+    Where two scores are nearly equal select may take either, and then other blocks are open.
+    """
+    (ids, products), (other_ids, other_products) = one["select"], other["select"]
+    equal = (ids == other_ids).all(1)  # (N,)
+    off = (products - other_products)[equal]
+    row = {"tokens with equal ids %": 100 * equal.double().mean().item()}
+    row["select off by"] = off.abs().max().item() if len(off) else float("nan")
+    for key in ("combine", "project"):
+        row[f"{key} off by"] = (one[key].float() - other[key].float()).abs().max().item()
+    return row
+
+
+def bench_operators(sizes, kernels, bandwidth):
+    """
+    Milliseconds of each operator beside what the memory's bandwidth allows; do kernels agree?
 
     The bound: arguments are read and results written once. The atoms aren't in it.
     """
     rows = {}
+    agreements = {}
     for name, levels in sizes.models.items():
         if not levels:
             continue
-        for kernels in kernel_names():
-            switch_kernels(kernels)
-            functions = operator_functions(sizes, levels)
+        functions = operator_functions(sizes, levels)
+        results = {}
+        for kernel in kernels:
+            cayley.use_kernels(kernel)
+            results[kernel] = {key: function() for key, (function, _) in functions.items()}
             times = interleaved({key: function for key, (function, _) in functions.items()}, 5)
             for key, (_, n_bytes) in functions.items():
                 bound = n_bytes / bandwidth
-                rows[f"{name}, {key}, {kernels}"] = {
+                rows[f"{name}, {key}, {kernel}"] = {
                     "ms": 1e3 * times[key],
                     "MB": n_bytes / 1e6,
                     "bound ms": 1e3 * bound,
                     "x bound": times[key] / bound,
                 }
-    return show(f"operators, {sizes.batch_size} x {sizes.shape['block_size']} tokens, bf16", rows)
+        if len(kernels) > 1:
+            agreements[name] = agreement(*results.values())
+    show(f"operators, {sizes.batch_size} x {sizes.shape['block_size']} tokens, bf16", rows)
+    if agreements:
+        show("triton's kernels beside torch's on the same batch", agreements)
+    return {"times": rows, "agreement": agreements}
 
 
 def measure_step(sizes, levels, compiled):
@@ -728,32 +737,27 @@ def measure_step(sizes, levels, compiled):
     return row
 
 
-def step_variants(sizes):
-    """(model, kernels, compiled), what matters most first."""
-    models = list(sizes.models)
-    kernels = kernel_names()[::-1]
-    variants = []
-    for compiled in (False, True):
-        for kernel in kernels:
-            for name in models:
-                if sizes.models[name]:
-                    variants.append((name, kernel, compiled))
-                elif kernel == kernels[0]:  # the dense twin has none
-                    variants.append((name, "", compiled))
+def step_variants(sizes, kernels):
+    """{title: (model, kernel)}, what matters most first."""
+    variants = {}
+    for kernel in reversed(kernels):
+        for name, levels in sizes.models.items():
+            if levels:
+                variants[f"{name}, {kernel}"] = name, kernel
+            else:
+                variants[name] = name, "torch"  # the dense twin has no choice
     return variants
 
 
-def bench_gpu_steps(sizes, start, compiled):
+def bench_gpu_steps(sizes, kernels, start, compiled):
     """Rows of training steps, as far as the time goes; what is left out is named."""
     rows = {}
-    for name, kernels, is_compiled in step_variants(sizes):
-        if is_compiled != compiled:
-            continue
-        title = ", ".join(filter(None, [name, kernels, "compiled" if compiled else "eager"]))
+    for title, (name, kernel) in step_variants(sizes, kernels).items():
+        title += ", compiled" if compiled else ", eager"
         if time.perf_counter() - start > TIME_LIMIT:
             print(f"left out for want of time: {title}")
             continue
-        switch_kernels(kernels or "torch")
+        cayley.use_kernels(kernel)
         try:
             rows[title] = measure_step(sizes, sizes.models[name], compiled)
         except torch.OutOfMemoryError:
@@ -768,10 +772,10 @@ def bench_gpu_steps(sizes, start, compiled):
     return show(f"training step, {sizes.shape['n_layer']} layers, {shape}, bf16", rows)
 
 
-def bench_gpu_sampling(sizes):
+def bench_gpu_sampling(sizes, kernels):
     """Tokens a second of one sequence with the cache; reading the context is in the time."""
     rows = {}
-    switch_kernels(kernel_names()[-1])
+    cayley.use_kernels(kernels[-1])
     for name, levels in sizes.models.items():
         with torch.device(device):
             model = GPT(gpu_config(sizes, levels))
@@ -806,14 +810,15 @@ def bench_gpu():
     known = account.find_device(torch.cuda.get_device_name()) if device != "cpu" else None
     sheet = f", {known.bandwidth / 1e9:,.0f} by its data sheet" if known else ""
     print(f"\nmemory bandwidth: {bandwidth / 1e9:,.0f} GB/s by a copy{sheet}")
+    kernels = kernel_names()
     results = {
         "batch_size": sizes.batch_size,
         "bandwidth": bandwidth,
-        "kernels": check_kernels(sizes),
-        "operators": bench_operators(sizes, bandwidth),
-        "eager": bench_gpu_steps(sizes, start, compiled=False),
-        "sampling": bench_gpu_sampling(sizes),
-        "compiled": bench_gpu_steps(sizes, start, compiled=True),
+        "kernels": kernels,
+        "operators": bench_operators(sizes, kernels, bandwidth),
+        "eager": bench_gpu_steps(sizes, kernels, start, compiled=False),
+        "sampling": bench_gpu_sampling(sizes, kernels),
+        "compiled": bench_gpu_steps(sizes, kernels, start, compiled=True),
         "seconds": time.perf_counter() - start,
     }
     print(f"\n{results['seconds']:.0f} seconds")

@@ -37,7 +37,7 @@ def test_the_gpu_report_on_a_cpu(tmp_path):
     models = ("cayley 2L", "cayley 3L")
     for name in models:
         for operator in ("select", "combine", "project"):
-            assert report["operators"][f"{name}, {operator}, torch"]["ms"] > 0
+            assert report["operators"]["times"][f"{name}, {operator}, torch"]["ms"] > 0
     for way in ("eager", "compiled"):
         assert set(report[way]) == {f"dense, {way}", *(f"{name}, torch, {way}" for name in models)}
         for row in report[way].values():
@@ -45,6 +45,21 @@ def test_the_gpu_report_on_a_cpu(tmp_path):
     assert set(report["sampling"]) == {"dense", *models}
     for row in report["sampling"].values():
         assert all(rate > 0 for rate in row.values())
+
+
+def test_agreement_of_kernels():
+    """Tokens with other ids are counted, and don't count as wrong products."""
+    ids = torch.tensor([[1, 2], [3, 4]])
+    products = torch.tensor([[0.5, 0.4], [0.3, 0.2]])
+    sums = torch.zeros(2, 4)
+    one = {"select": (ids, products), "combine": sums, "project": products}
+    other_ids = torch.tensor([[1, 2], [3, 5]])
+    other_products = torch.tensor([[0.5, 0.25], [0.3, 9.0]])
+    other = {"select": (other_ids, other_products), "combine": sums + 2, "project": products}
+    row = bench.agreement(one, other)
+    assert row["tokens with equal ids %"] == 50
+    assert row["select off by"] == pytest.approx(0.15)
+    assert (row["combine off by"], row["project off by"]) == (2, 0)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
