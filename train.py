@@ -614,7 +614,8 @@ class Log:
         self.path = out_path("log.csv")
         self.columns = columns
         self.waiting = []
-        rows = self._read(state) if state.iter > 0 and os.path.exists(self.path) else []
+        resumed = state != State()
+        rows = self._read(state) if resumed and os.path.exists(self.path) else []
         with atomic(self.path) as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()

@@ -105,10 +105,13 @@ def test_a_disk_that_is_full_for_a_while_loses_nothing(data_dir, whole, disk):
     assert same_rows(out_dir, whole)
 
 
-def test_a_last_checkpoint_that_cannot_be_written_is_an_error(data_dir, whole, disk):
+@pytest.mark.parametrize("full_at, saved_at", [(6, 0), (50, 40)])
+def test_a_last_checkpoint_that_cannot_be_written_is_an_error(
+    data_dir, whole, disk, full_at, saved_at
+):
     out_dir = disk / "run"
     process = start(data_dir, out_dir)
-    for _ in paused_at(process, [50]):
+    for _ in paused_at(process, [full_at]):
         fill(disk)
     lines = process.stderr.read().splitlines()
     assert process.wait() == 1
@@ -116,7 +119,7 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error(data_dir, whole, d
     assert "what came after the last checkpoint there is lost" in lines[-1]
     assert not list(out_dir.glob("*.tmp"))  # the partial file would keep the disk full
     for name in ("last.pt", "ckpt.pt"):
-        assert torch.load(out_dir / name, weights_only=True)["iter"] == 40
+        assert torch.load(out_dir / name, weights_only=True)["iter"] == saved_at
     empty(disk)
     result = run_training(data_dir, out_dir, init_from="resume", **SETTINGS)
     assert result.returncode == 0, result.stderr
