@@ -97,7 +97,7 @@ def export_hf(model, checkpoint, directory):
     encoding = get_tokenizer(config["tokenizer"])
     tensors = {f"gpt.{name}": tensor for name, tensor in untied(model).items()}
     write_safetensors(path("model.safetensors"), tensors)
-    write_text(path(f"{MODELING}.py"), inlined_source(["cayley.py", "model.py", "hf_model.py"]))
+    write_text(path(f"{MODELING}.py"), inlined_source(["cayley", "model", "hf_model"]))
     for name, value in hf_configs(model, encoding).items():
         write_json(path(name), value)
     write_json(path("tokenizer.json"), tokenizer_json(encoding))
@@ -124,7 +124,7 @@ def check_expressible(model):
 
 
 def ungated(sae):
-    """The CayleySAE with an other's weights and no gate, in evaluation mode."""
+    """The CayleySAE with sae's weights and no gate, in evaluation mode."""
     free = CayleySAE(sae.n_embd, sae.levels, False, sae.score_standardize, sae.forward_standardized)
     free.load_state_dict(sae.state_dict())
     return free.eval()

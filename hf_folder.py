@@ -12,38 +12,57 @@ END_OF_TEXT = "<|endoftext|>"
 MODELING = "modeling_cayley_gpt"
 
 
+# -----------------------------------------------------------------------------
+# the modeling file
+
+def imported_modules(node):
+    """Names of the modules that a node of a syntax tree imports."""
+    if isinstance(node, ast.Import):
+        return {alias.name for alias in node.names}
+    if isinstance(node, ast.ImportFrom):
+        return {node.module}
+    return set()
+
+
+def without_imports(source, inlined, others):
+    """
+    A source without its imports of inlined modules (a set of names).
+
+    Where it imports one of others it raises ImportError, as if that were not installed.
+    """
+    lines = source.splitlines()
+    for node in ast.walk(ast.parse(source)):
+        modules = imported_modules(node)
+        if not modules & (inlined | others):
+            continue
+        instead = ""
+        if modules & others:
+            instead = " " * node.col_offset + "raise ImportError('not a part of this file')"
+        blank = [""] * (node.end_lineno - node.lineno)
+        lines[node.lineno - 1:node.end_lineno] = [instead, *blank]
+    return "\n".join(lines)
+
+
 def inlined_source(names):
     """
-    Sources of this directory, such as "model.py", one after the other as one that imports no file
-    of this directory.
+    Modules of this directory, such as "model", as one file that imports no file of this directory.
 
-    An import of a file that is not among them raises ImportError there. PyTorch knows operators by
-    name in a whole process, so theirs get a number of this source: versions don't mix.
+    PyTorch knows operators by name in a whole process: theirs get a number of this source, so that
+    two versions in one process don't mix.
     """
     here = os.path.dirname(os.path.abspath(__file__))
     files = {file.removesuffix(".py") for file in os.listdir(here) if file.endswith(".py")}
     parts = []
     for name in names:
-        source = read_text(os.path.join(here, name))
-        lines = source.splitlines()
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.Import):
-                modules = {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                modules = {node.module}
-            else:
-                continue
-            if modules & files:
-                inlined = {f"{module}.py" for module in modules} <= set(names)
-                indent = " " * node.col_offset
-                line = "" if inlined else f"{indent}raise ImportError('is not in this file')"
-                lines[node.lineno - 1:node.end_lineno] = [line] + [""] * (
-                    node.end_lineno - node.lineno)
-        parts.append("\n".join(lines))
+        source = read_text(os.path.join(here, f"{name}.py"))
+        parts.append(without_imports(source, set(names), files - set(names)))
     source = "\n\n\n".join(parts) + "\n"
     digest = hashlib.sha256(source.encode()).hexdigest()[:8]
     return source.replace('custom_op("cayley::', f'custom_op("cayley_{digest}::')
 
+
+# -----------------------------------------------------------------------------
+# the tokenizer
 
 def byte_characters():
     """The character that byte-level tokenizers write for each byte, as GPT-2 chose them."""
@@ -101,6 +120,9 @@ def tokenizer_json(encoding):
         },
     }
 
+
+# -----------------------------------------------------------------------------
+# settings
 
 def hf_configs(model, encoding):
     """What the folder's .json files hold, {name: value}, tokenizer.json aside."""

@@ -18,7 +18,7 @@ from safetensors.torch import load_model as load_safetensors
 import export
 from data import get_tokenizer, run_windows
 from export import saelens_tensors
-from hf_folder import inlined_source, tokenizer_json
+from hf_folder import imported_modules, inlined_source, tokenizer_json, without_imports
 from model import GPT, GPTConfig, load_model
 
 
@@ -197,18 +197,30 @@ def test_gpt2s_tokenizer_gives_the_same_ids(tmp_path, name):
     run_elsewhere(python, "hf_program.py", folder, cwd=tmp_path)
 
 
-def test_an_import_of_another_file_of_this_directory_fails_in_the_inlined_one():
-    """What cayley.py may import of it is optional."""
-    source = inlined_source(["cayley.py", "model.py", "hf_model.py"])
+def test_the_modeling_file_imports_no_file_of_this_directory():
+    source = inlined_source(["cayley", "model", "hf_model"])
     names = {path.stem for path in ROOT.glob("*.py")}
     for node in ast.walk(ast.parse(source)):
-        modules = set()
-        if isinstance(node, ast.Import):
-            modules = {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            modules = {node.module}
-        assert not modules & names, modules
+        assert not imported_modules(node) & names
     assert 'custom_op("cayley::' not in source and 'custom_op("cayley_' in source
+
+
+def test_a_file_that_is_not_inlined_counts_as_not_installed():
+    source = """
+import math
+from model import (
+    GPT,
+)
+def kernels():
+    try:
+        import cayley_triton
+    except ImportError:
+        return None
+    return cayley_triton
+"""
+    namespace = {}
+    exec(without_imports(source, {"model"}, {"cayley_triton"}), namespace)
+    assert namespace["kernels"]() is None and "math" in namespace and "GPT" not in namespace
 
 
 def test_the_card_has_the_runs_numbers_and_says_what_is_missing(trained, exported, tmp_path):
