@@ -174,7 +174,8 @@ class GPT(nn.Module):
         if targets is None:
             return self.lm_head(self.ln_f(x[:, -n_logits:])), None
         logits = self.lm_head(self.ln_f(x))  # (B, T, V)
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        flat = logits.flatten(0, 1).float()  # CUDA's autocast would take the softmax in bf16
+        return logits, F.cross_entropy(flat, targets.flatten(), ignore_index=-1)
 
     @contextlib.contextmanager
     def recording(self):

@@ -482,6 +482,21 @@ def disk_error(error):
     return message.splitlines()[0]
 
 
+def persistently(write, path):
+    """Call write(), again and again for save_patience seconds. Raises OSError if it never works."""
+    deadline = time.monotonic() + save_patience
+    while True:
+        try:
+            return write()
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+            message = f"{path} could not be written ({disk_error(error)})"
+        if time.monotonic() >= deadline:
+            raise OSError(f"{message}: what came after the last checkpoint there is lost")
+        print(f"{message}: it is tried again every 5 seconds, for {save_patience:.0f} seconds in "
+              "all: make room", file=sys.stderr)
+        time.sleep(min(5, save_patience))
+
+
 def write_checkpoint(checkpoint, best):
     """
     out_dir/last.pt, and a copy of it as ckpt.pt if best.
@@ -520,21 +535,14 @@ def save(run, state, best=False, last=False):
             "cuda": torch.cuda.get_rng_state() if on_cuda else None,
         },
     }
-    deadline = time.monotonic() + save_patience
-    while True:
-        try:
-            return write_checkpoint(checkpoint, best)
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-            message = f"{out_path('last.pt')} could not be written ({disk_error(error)})"
-        if not last:
-            print(f"{message}: training goes on, and the next checkpoint is tried in at most "
-                  f"{eval_interval} iterations", file=sys.stderr)
-            return
-        if time.monotonic() >= deadline:
-            raise OSError(f"{message}: what came after the last checkpoint there is lost")
-        print(f"{message}: it is tried again every 5 seconds, for {save_patience:.0f} seconds in "
-              "all: make room", file=sys.stderr)
-        time.sleep(min(5, save_patience))
+    if last:
+        return persistently(lambda: write_checkpoint(checkpoint, best), out_path("last.pt"))
+    try:
+        write_checkpoint(checkpoint, best)
+    except (OSError, RuntimeError) as error:
+        print(f"{out_path('last.pt')} could not be written ({disk_error(error)}): training goes "
+              f"on, and the next checkpoint is tried in at most {eval_interval} iterations",
+              file=sys.stderr)
 
 
 def load_last(config, train_windows):
@@ -647,16 +655,25 @@ class Log:
         if self.wandb:
             self.wandb.log(row, step=row["iter"])
         self.waiting.append(row)
-        text = io.StringIO(newline="")
-        csv.DictWriter(text, self.columns).writerows(self.waiting)
         try:
-            append(self.path, text.getvalue().encode())
+            self._append()
         except OSError as error:
             if len(self.waiting) == 1:
                 print(f"{self.path} can't be written ({error.strerror}): its rows are kept in "
                       "memory until it can", file=sys.stderr)
-        else:
+
+    def _append(self):
+        if self.waiting:
+            text = io.StringIO(newline="")
+            csv.DictWriter(text, self.columns).writerows(self.waiting)
+            append(self.path, text.getvalue().encode())
             self.waiting = []
+
+    def finish(self):
+        """Write what still waits. Raises OSError if that can't be done in save_patience seconds."""
+        persistently(self._append, self.path)
+        if self.wandb:
+            self.wandb.finish()
 
 
 def append(path, content):
@@ -935,14 +952,14 @@ def main():
                       "--max_iters goes on")
         choose_kernels(run)
         stopped = train(run, state, log)
+        if ranks.master:
+            log.finish()
         if ranks.master and stopped:
             print(f"stopped after iteration {state.iter - 1}: {out_path('last.pt')} is written, go "
                   "on with --init_from=resume")
         if ranks.master and final and not stopped:
             run.stop.interrupt_from_now_on()
             final(run)
-        if ranks.master and log.wandb:
-            log.wandb.finish()
     ranks.end()
 
 

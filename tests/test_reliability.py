@@ -56,15 +56,30 @@ def start_or_resume(data_dir, out_dir, ranks):
     )
 
 
+def changed_since(path, moment):
+    """Whether a file was written after a moment (time.time())."""
+    try:
+        return path.stat().st_mtime > moment
+    except FileNotFoundError:
+        return False
+
+
 def wait_for_the_moment(process, out_dir, seconds, during_a_write):
-    """Until so many seconds have passed and, if asked for, a checkpoint is being written."""
-    deadline = time.monotonic() + seconds
-    writing = False
+    """
+    Until so many seconds after the run's first row and, if asked for, a checkpoint being written.
+
+    True if one is being written.
+    """
+    started = time.time()
+    deadline = None
     while process.poll() is None:
-        if time.monotonic() > deadline and (writing or not during_a_write):
-            return
-        writing = (out_dir / "last.pt.tmp").exists()
+        if deadline is None and changed_since(out_dir / "log.csv", started):
+            deadline = time.monotonic() + seconds
+        writing = changed_since(out_dir / "last.pt.tmp", started)
+        if deadline and time.monotonic() > deadline and (writing or not during_a_write):
+            return writing
         time.sleep(0 if during_a_write else 0.01)
+    return False
 
 
 def kill_one(process, ranks, generator):
@@ -105,13 +120,14 @@ def kill_campaign(directory, data_dir, rounds, ranks, seed=0):
     out_dir = directory / "run 0"
     while counts["kills"] < rounds:
         process = start_or_resume(data_dir, out_dir, ranks)
-        seconds = generator.uniform(2, 8) + 4 * (ranks > 1)
-        wait_for_the_moment(process, out_dir, seconds, during_a_write=counts["kills"] % 2)
+        seconds = generator.uniform(0, 4)
+        during_a_write = counts["kills"] % 2 == 1
+        writing = wait_for_the_moment(process, out_dir, seconds, during_a_write)
         if process.poll() is None:
             took = kill_one(process, ranks, generator)
             counts[LONGEST] = max(counts[LONGEST], took)
             counts["kills"] += 1
-            counts["during writes"] += (out_dir / "last.pt.tmp").exists()
+            counts["during writes"] += writing
             check_what_is_left(out_dir, expected)
         else:
             assert process.returncode == 0, f"resume ended with status {process.returncode}"
