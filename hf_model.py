@@ -160,7 +160,7 @@ class CayleyGPTForCausalLM(PreTrainedModel, GenerationMixin):
             if kwargs.get(name) is not None and kwargs[name] is not False:
                 raise ValueError(f"{name}: this model doesn't take it")
         if use_cache is None:
-            use_cache = self.config.use_cache
+            use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         if labels is not None:

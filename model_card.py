@@ -13,10 +13,7 @@ MISSING = "not measured"
 HEAD = """---
 library_name: transformers
 pipeline_tag: text-generation
-tags:
-- interpretability
-- sparse-autoencoder
-- cayley-sae
+tags: [{tags}]
 ---
 
 # {name}
@@ -253,8 +250,9 @@ def model_card(name, model, checkpoint, run, rows, scores):
     """
     config = checkpoint["config"]
     saes = model.saes()
-    what = DENSE
+    what, tags = DENSE, "cayley-gpt"
     if saes:
+        tags += ", interpretability, sparse-autoencoder"
         what = SPARSE.format(
             active=sum(level.k for level in saes[0].levels),
             features=sum(2**level.n for level in saes[0].levels),
@@ -262,7 +260,7 @@ def model_card(name, model, checkpoint, run, rows, scores):
     command = shlex.join(run["command"]) if run.get("command") else MISSING
     versions = ", ".join(f"{key} {value}" for key, value in run.get("versions", {}).items())
     corners = schedule_corners(rows)
-    parts = [HEAD.format(name=name, what=what), headline(checkpoint, run, rows)]
+    parts = [HEAD.format(name=name, what=what, tags=tags), headline(checkpoint, run, rows)]
     parts += ["## Backbone\n", backbone(model, config)]
     if saes:
         parts += ["## Levels of every layer\n", levels(model)]
