@@ -64,11 +64,11 @@ def shown(value, digits=4):
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def with_error(scores, key="accuracy"):
+def with_error(scores, key="accuracy", error_key="standard_error"):
     """A score with its standard error; scores may be None."""
     if not scores or scores.get(key) is None:
         return MISSING
-    error = scores.get("standard_error")
+    error = scores.get(error_key)
     return shown(scores[key]) + (f" +- {error:.2g}" if error is not None else "")
 
 
@@ -231,8 +231,8 @@ def evaluations(model, scores):
     layers = (scores.get("codes") or {}).get("layers", [])
     for layer in range(len(model.saes())):
         row = layers[layer] if layer < len(layers) else {}
-        cells.append((f"layer {layer}: loss with its MLP reading zero, minus loss",
-                      shown(row.get("zero_minus_loss")), ""))
+        difference = with_error(row, "zero_minus_loss", "zero_minus_loss_error")
+        cells.append((f"layer {layer}: loss with its MLP reading zero, minus loss", difference, ""))
     rows = [(name, value, "" if value == MISSING else of_what) for name, value, of_what in cells]
     return table(("", "score +- standard error", ""), rows)
 

@@ -232,12 +232,15 @@ def test_the_card_has_the_runs_numbers_and_says_what_is_missing(trained, exporte
     assert "HellaSwag, acc_norm | not measured" in card and "--max_iters=20" in card
     shutil.copytree(trained, tmp_path / "run")
     (tmp_path / "run" / "evals.json").write_text(json.dumps({
-        "hellaswag": {"accuracy": 0.3142, "standard_error": 0.0046, "items": 10042}}))
+        "hellaswag": {"accuracy": 0.3142, "standard_error": 0.0046, "items": 10042},
+        "codes": {"layers": [{"zero_minus_loss": 0.52, "zero_minus_loss_error": 0.013}]}}))
     (tmp_path / "run" / "log.csv").unlink()
     run_export(tmp_path / "run", "hf", tmp_path / "folder")
     card = (tmp_path / "folder" / "README.md").read_text()
     assert "| HellaSwag, acc_norm | 0.3142 +- 0.0046 | 10,042 items |" in card
     assert "| val loss, nats a token | not measured |" in card
+    assert "layer 0: loss with its MLP reading zero, minus loss | 0.52 +- 0.013 |" in card
+    assert "layer 1: loss with its MLP reading zero, minus loss | not measured |" in card
 
 
 # -----------------------------------------------------------------------------
