@@ -7,8 +7,9 @@ Are a Cayley GPT's features better to read than those of an SAE fitted to its de
 
 --ckpt and --dense take as many checkpoints as there are training seeds, with commas between them
 and in the same order; --seeds is the number of post-hoc SAEs fitted to each. Prints the tables and
-writes scorecard.json and scorecard.svg to out_dir. Stopped and started again it goes on: finished
-SAEs and rows are in out_dir/parts, by what they depend on.
+writes scorecard.json, .csv and .svg to out_dir. Stopped and started again it goes on: finished SAEs
+and rows are in out_dir/parts, by the checkpoints, data and settings that they depend on; after a
+change of this file take another out_dir.
 
 Data: fitting (SAEs, features, thresholds, probes, gradients) sees the train split alone, and every
 score is of the val split's documents. Intervals are 95%, from 1,000 resamples of those documents;
@@ -49,8 +50,10 @@ tokens) features there; explained as in evals.py.
 split in order: 1, 0, or -1 where nobody knows. Without it those of labels.py.
 """
 import contextlib
+import csv
 import functools
 import hashlib
+import io
 import json
 import math
 import os
@@ -80,7 +83,7 @@ layers = ""  # to read, as "1,2"; "": the middle one
 seeds = 1  # post-hoc SAEs of each kind and model
 labels = ""  # an .npz; "": those of labels.py
 sae_tokens = 700_000  # that a post-hoc SAE is fitted to
-sae_lr = 5e-3  # of its Adam, at the peak; the best of records/scorecard/sae_lr.csv
+sae_lr = 5e-3  # of its Adam, at the peak; records/scorecard/sae_lr.csv has others
 splice_all = True  # fit SAEs to every layer of the dense twin, for the loss with all of them
 label_tokens = 1_000_000  # of the train split, that are labelled; windows are drawn from them
 fit_tokens = 65_536  # for features, thresholds and probes
@@ -98,9 +101,8 @@ RARE = 1e-4  # activations per token
 RESAMPLES = 1000
 FEWEST = 30  # tokens with a label on either side, for it to count
 REFERENCE = "TopK SAE on dense"  # that differences are to
-NOT_KEYS = ("ckpt", "dense", "out_dir", "layers", "seeds", "splice_all", "device",
-            "batch_size")
-SAE_KEYS = ("sae_tokens", "sae_lr")  # which other rows don't depend on
+KEYS = ("label_tokens", "fit_tokens", "score_tokens", "causal_tokens", "n_windows")  # of parts
+SAE_KEYS = ("sae_tokens", "sae_lr")  # of those with a post-hoc SAE in them
 
 # -----------------------------------------------------------------------------
 # finished parts on the disk
@@ -395,8 +397,10 @@ def sae_loss(sae, x, dead_after):
         x_hat = bag(ids, values * (ids < prefix), sae.W_dec) + sae.b_dec
         loss = loss + (x - x_hat).square().sum() / variance / len(sae.prefixes)
     with torch.no_grad():
+        fired = torch.zeros_like(sae.idle)
+        fired.index_add_(0, ids.flatten(), (values > 0).flatten().to(fired.dtype))
         sae.idle += len(x)
-        sae.idle[ids[values > 0]] = 0
+        sae.idle.masked_fill_(fired > 0, 0)
     dead = sae.idle >= dead_after
     k_aux = min(x.shape[1] // 2, int(dead.sum()))
     if k_aux:
@@ -456,9 +460,10 @@ def fitted_saes(model, windows, jobs, width, k, seed):
 
     kind: "TopK" or "Matryoshka", whose prefixes are 1/32, 3/32, 7/32 and 15/32 of the features.
     """
-    torch.manual_seed(seed)
     saes = []
-    for _, kind in jobs:
+    for layer, kind in jobs:
+        # a seed for each, so that an SAE is the same whatever others are fitted beside it
+        torch.manual_seed(1000 * seed + 2 * layer + (kind == "Matryoshka"))
         prefixes = [width * share // 32 for share in (1, 3, 7, 15)] if kind == "Matryoshka" else ()
         saes.append(TopKSAE(model.config.n_embd, width, k, prefixes).to(on_device(model)))
     inputs = shuffled_inputs(model, windows, [layer for layer, _ in jobs], seed)
@@ -1364,9 +1369,8 @@ def read_pair(pair, data, at_layers):
     Everything about one pair, from the disk where it is there: read_losses' list, and read_rows'
     lists as {(layer, name): list}.
     """
-    settings = {k: v for k, v in SETTINGS.items() if k not in NOT_KEYS and k not in SAE_KEYS}
-    key = {**data.key, "digests": pair.digests, "settings": settings}
-    sae_key = {k: SETTINGS[k] for k in SAE_KEYS}
+    key = {**data.key, "checkpoints": pair.digests, **{name: globals()[name] for name in KEYS}}
+    sae_key = {name: globals()[name] for name in SAE_KEYS}
     parts = Parts(os.path.join(out_dir, "parts"), key, sae_key)
     shape = code_shape(pair.cayley.saes()[0])
     spliced_layers = range(len(pair.dense.blocks)) if splice_all else at_layers
@@ -1650,6 +1654,35 @@ def absorption_table(rows):
     return markdown(["absorption", "fraction", "full", "probe F1", "letters"], cells)
 
 
+CSV_COLUMNS = ("layer", "row", "number", "mean", "low", "high", "over_seeds", "difference",
+               "difference_low", "difference_high", "difference_over_seeds")
+
+
+def csv_rows(card):
+    """The card as rows of CSV_COLUMNS, a number a row."""
+    rows = []
+    for loss in card["losses"]:
+        for number in ("loss", "minus_dense", "minus_dense_error", "kl"):
+            over_seeds = loss.get(f"{number}_over_seeds", "")
+            if number == "loss":
+                over_seeds = loss["over_seeds"]
+            rows.append(["", loss["name"], number, loss[number], "", "", over_seeds])
+    for row in card["rows"]:
+        place = [row["layer"], row["name"]]
+        for number, value in row.items():
+            if isinstance(value, dict) and "mean" in value:
+                cells = [value["mean"], *(value["interval"] or ["", ""]), value["over_seeds"]]
+                if "difference" in value:
+                    cells += [value["difference"], *(value["difference_interval"] or ["", ""]),
+                              value["difference_over_seeds"]]
+                rows.append([*place, number, *cells])
+        for label, f1 in zip(card["labels"], row["label_f1"]):
+            rows.append([*place, f"one_f1 of {label}", f1])
+        for number, value in {**(row["codes"] or {}), **(row["absorption"] or {})}.items():
+            rows.append([*place, number, value])
+    return rows
+
+
 def text_of(card):
     """The card as lines of Markdown."""
     lines = [f"{key}: {value}" for key, value in card["header"].items()]
@@ -1716,8 +1749,8 @@ def check_settings():
     least = {"seeds": 1, "sae_tokens": 1, "label_tokens": 1, "fit_tokens": 1, "score_tokens": 1,
              "causal_tokens": 1, "n_windows": 2, "batch_size": 1}
     for key, smallest in least.items():
-        if SETTINGS[key] < smallest:
-            raise ValueError(f"{key}={SETTINGS[key]}: must be at least {smallest}")
+        if globals()[key] < smallest:
+            raise ValueError(f"{key}={globals()[key]}: must be at least {smallest}")
     if not sae_lr > 0:
         raise ValueError(f"sae_lr={sae_lr}: must be above 0")
     if not dense:
@@ -1786,8 +1819,7 @@ def load_all(target):
 
 
 def main():
-    global SETTINGS
-    SETTINGS = configure(globals())
+    config = configure(globals())
     check_settings()
     target = pick_device(device)
     pairs, data = load_all(target)
@@ -1797,17 +1829,19 @@ def main():
                 for pair in tqdm(pairs, desc="pairs", unit="pair", disable=None)]
         card = {
             "header": header(pairs, data, at_layers),
-            "settings": SETTINGS,
+            "settings": config,
             "labels": data.names,
             "losses": make_losses([losses for losses, _ in read]),
             "rows": make_rows([rows for _, rows in read], data),
         }
         write_json(os.path.join(out_dir, "scorecard.json"), card)
+        table = io.StringIO(newline="")
+        writer = csv.writer(table)
+        writer.writerow(CSV_COLUMNS)
+        writer.writerows(csv_rows(card))
+        write_text(os.path.join(out_dir, "scorecard.csv"), table.getvalue())
         write_text(os.path.join(out_dir, "scorecard.svg"), chart(card["rows"]))
     print("\n".join(text_of(card)))
-
-
-SETTINGS = {}  # as configure has resolved them
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ scorecard.py: planted codes score 1 and shuffled labels chance, the numbers are 
 splicing and steering do what they say, and the command goes on where it stopped. labels.py: what is
 labelled, by example.
 """
+import csv
 import json
 import math
 import xml.etree.ElementTree as ElementTree
@@ -349,7 +350,7 @@ def test_a_spliced_sae_that_is_the_identity_changes_nothing(models):
     lambda a: 50 * a**2,
     lambda a: 0.2 * math.tanh(a / 1000),
     lambda a: 0.0 if a < 3 else (a - 3) ** 4,
-])
+], ids=["flat", "steep", "saturating", "late"])
 def test_the_search_hits_its_kl(kl_of):
     assert kl_of(scorecard.match_kl(kl_of)) == pytest.approx(0.1, rel=0.02)
 
@@ -509,6 +510,11 @@ def test_the_command_goes_on_where_it_stopped(trained, twin, tmp_path):
     assert losses["dense"]["minus_dense"] == 0 and losses["dense"]["kl"] == pytest.approx(0)
     assert losses["dense, TopK SAE in all layers"]["kl"] > 0
     ElementTree.parse(out_dir / "scorecard.svg")
+    with open(out_dir / "scorecard.csv", newline="") as file:
+        table = {(row["row"], row["number"]): row["mean"] for row in csv.DictReader(file)}
+    f1 = next(row for row in card["rows"] if row["name"] == "Cayley")["five_f1"]["mean"]
+    assert float(table["Cayley", "five_f1"]) == f1
+    assert float(table["Cayley", "loss"]) == losses["Cayley"]["loss"]
 
     parts = sorted((out_dir / "parts").glob("*/*.pt"))
     kept, lost = parts[::2], parts[1::2]
@@ -547,13 +553,28 @@ def test_labels_of_a_file(data_dir, tmp_path):
 
 
 @pytest.mark.parametrize("settings, message", [
-    (dict(dense=""), "give the dense twin's checkpoint"),
-    (dict(dense="a,b"), "1 checkpoints in --ckpt and 2 in --dense"),
-    (dict(seeds=0), "seeds=0: must be at least 1"),
+    (dict(ckpt="a", dense=""), "give the dense twin's checkpoint"),
+    (dict(ckpt="a", dense="a,b"), "1 checkpoints in --ckpt and 2 in --dense"),
+    (dict(dense="a", seeds=0), "seeds=0: must be at least 1"),
+    (dict(dense="a", sae_lr=math.nan), "sae_lr=nan: must be above 0"),
 ])
-def test_impossible_settings_are_one_line(trained, tmp_path, settings, message):
-    result = run_scorecard(trained, trained, tmp_path / "card", **settings)
-    assert result.returncode == 1 and message in result.stderr
+def test_impossible_settings(monkeypatch, settings, message):
+    for key, value in settings.items():
+        monkeypatch.setattr(scorecard, key, value)
+    with pytest.raises(ValueError, match=message):
+        scorecard.check_settings()
+
+
+@pytest.mark.parametrize("text", ["2", "-1", "one"])
+def test_layers_that_are_not_there(monkeypatch, text):
+    monkeypatch.setattr(scorecard, "layers", text)
+    with pytest.raises(ValueError, match=f"layers='{text}'"):
+        scorecard.chosen_layers(2)
+
+
+def test_a_mistake_is_one_line(tmp_path):
+    result = run_scorecard(tmp_path / "nothing", tmp_path / "nothing", tmp_path / "card")
+    assert result.returncode == 1 and "no such checkpoint" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
 
 
