@@ -453,6 +453,11 @@ def use_kernels(name):
     _use_triton = name == "triton"
 
 
+def kernels_in_use():
+    """"torch" or "triton", as use_kernels chose."""
+    return "triton" if _use_triton else "torch"
+
+
 def _triton_for(x, plan):
     """cayley_triton, where it is in use and covers x's type and a plan, a tuple; otherwise None."""
     if not _use_triton or x.device.type not in TRITON_DEVICES:

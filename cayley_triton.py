@@ -1,22 +1,30 @@
 """
 The operators of cayley.py for CUDA, in Triton: select, combine and project, with the same results.
 
-select takes two kernels a level. The first makes the products with all features that may be chosen: a Walsh-Hadamard
-transform in registers on the top level, else products of the signed inputs with the chirps on the matrix units, which
-are exact because signs and chirps are +1 and -1, and x is split into parts of 8 bits. It also keeps the best score of
-every 8 features. The second finds the k best of those groups, then the k best features in them: a threshold on the
-score's bits, one bit a round. combine and project hold a token in registers, 32 coordinates a lane, and read an atom
-as bits. Sums are in fp32. Of equal scores the smaller feature wins; every result is the same at every run.
+select takes two kernels a level. The first makes the products with all features that may be chosen:
+a Walsh-Hadamard transform in registers on the top level, else products of the signed inputs with
+the chirps on the matrix units, which are exact because signs and chirps are +1 and -1, and x is
+split into parts of 8 bits. It also keeps the best score of every 8 features. The second finds the k
+best of those groups, then the k best features in them: a threshold on the score's bits, one bit a
+round. combine and project hold a token in registers, 32 coordinates a lane, and read an atom as
+bits. Sums are in fp32. Of equal scores the smaller feature wins; every run gives the same results.
 
-records/kernels/ has the instructions and bytes of each kernel and of the designs that lost.
+records/kernels/ has the instructions and bytes of each kernel. train.py calls choose at a run's
+start, which checks them against PyTorch's on a real batch.
 """
+
 import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import triton
 import triton.language as tl
 
+import cayley
 from cayley import labels
 
 SCRATCH_BYTES = 2**29  # select takes at most about so many bytes of tokens at a time
@@ -30,16 +38,31 @@ GROUP = 8  # features that share one entry in the first search
 def _hadamard(y, rows: tl.constexpr, log_columns: tl.constexpr):
     """Walsh-Hadamard transform along the last axis: (rows, columns) -> (rows, columns)."""
     columns: tl.constexpr = 2**log_columns
-    for _ in tl.static_range(log_columns):  # the last bit of the index is transformed and becomes the first
+    for _ in tl.static_range(
+        log_columns
+    ):  # the last bit of the index is transformed and becomes the first
         a, b = tl.split(tl.reshape(y, (rows, columns // 2, 2)))
         y = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), (rows, columns))
     return y
 
 
 @triton.jit
-def top_products(x, scale, offset, products, best, log_rows: tl.constexpr, log_columns: tl.constexpr,
-                 inv_sqrt_d: tl.constexpr, group: tl.constexpr):
-    """Top level, one token a program: all d products (N, d) and, if group > 1, best scores (N, d / group)."""
+def top_products(
+    x,
+    scale,
+    offset,
+    products,
+    best,
+    log_rows: tl.constexpr,
+    log_columns: tl.constexpr,
+    inv_sqrt_d: tl.constexpr,
+    group: tl.constexpr,
+):
+    """
+    Top level, one token a program: all d products (N, d), and best scores (N, d / group).
+
+    The latter only if group > 1.
+    """
     rows: tl.constexpr = 2**log_rows
     columns: tl.constexpr = 2**log_columns
     token = tl.program_id(0).to(tl.int64)
@@ -50,23 +73,47 @@ def top_products(x, scale, offset, products, best, log_rows: tl.constexpr, log_c
     y = tl.trans(_hadamard(tl.trans(y), columns, log_rows)) * inv_sqrt_d
     tl.store(products + token * (rows * columns) + feature, y)
     if group > 1:
-        score = y * tl.load(scale + feature).to(tl.float32) + tl.load(offset + feature).to(tl.float32)
+        score = y * tl.load(scale + feature).to(tl.float32) + tl.load(offset + feature).to(
+            tl.float32
+        )
         score = tl.max(tl.reshape(score, (rows, columns // group, group)), 2)
         entry = row * (columns // group) + tl.arange(0, columns // group)[None, :]
         tl.store(best + token * (rows * columns // group) + entry, score)
 
 
 @triton.jit
-def block_products(x, blocks, scale, offset, signs, chirps, walsh, products, best, n_tokens,
-                   tokens: tl.constexpr, slots: tl.constexpr, padded_slots: tl.constexpr,
-                   heads: tl.constexpr, padded_heads: tl.constexpr, step: tl.constexpr,
-                   tails: tl.constexpr, chirp_count: tl.constexpr, padded_chirps: tl.constexpr,
-                   parts: tl.constexpr, dot_type: tl.constexpr, inv_sqrt_d: tl.constexpr, group: tl.constexpr):
+def block_products(
+    x,
+    blocks,
+    scale,
+    offset,
+    signs,
+    chirps,
+    walsh,
+    products,
+    best,
+    n_tokens,
+    tokens: tl.constexpr,
+    slots: tl.constexpr,
+    padded_slots: tl.constexpr,
+    heads: tl.constexpr,
+    padded_heads: tl.constexpr,
+    step: tl.constexpr,
+    tails: tl.constexpr,
+    chirp_count: tl.constexpr,
+    padded_chirps: tl.constexpr,
+    parts: tl.constexpr,
+    dot_type: tl.constexpr,
+    inv_sqrt_d: tl.constexpr,
+    group: tl.constexpr,
+):
     """
-    A gated level, some tokens a program: products (N, slots, block) and best scores (N, slots, block / group).
+    A gated level, some tokens a program: products (N, slots, block) and, if group > 1, best scores
+    (N, slots, block / group).
 
-    As cayley.py's _block_scores: a coordinate is (h, j) = (head, tail). For each j sum over h the inputs, signed by
-    the block's parity of h, against the chirps; then transform over j. blocks (N, slots): ~block where it repeats.
+    As cayley.py's _block_scores: a coordinate is (h, j) = (head, tail). For each j sum over h the
+    inputs, signed by the block's parity of h, against the chirps; then transform over j. blocks (N,
+    slots): ~block where it repeats.
     """
     rows: tl.constexpr = tokens * padded_slots
     block_size: tl.constexpr = tails * chirp_count
@@ -88,10 +135,15 @@ def block_products(x, blocks, scale, offset, signs, chirps, walsh, products, bes
         y = tl.zeros((rows, padded_chirps), tl.float32)
         for start in range(0, heads, step):
             h = start + head
-            rest = tl.load(x + token[:, None] * (heads * tails) + h[None, :] * tails + j,
-                           mask=inside[:, None] & (h < heads)[None, :], other=0)  # (tokens, step)
+            rest = tl.load(
+                x + token[:, None] * (heads * tails) + h[None, :] * tails + j,
+                mask=inside[:, None] & (h < heads)[None, :],
+                other=0,
+            )  # (tokens, step)
             sign = tl.load(signs + block[:, None] * padded_heads + h[None, :])  # (rows, step)
-            factor = tl.load(chirps + (j * padded_heads + h[:, None]) * padded_chirps + chirp[None, :])
+            factor = tl.load(
+                chirps + (j * padded_heads + h[:, None]) * padded_chirps + chirp[None, :]
+            )
             factor = factor.to(dot_type)
             for _ in tl.static_range(parts):
                 part = rest.to(tl.bfloat16)
@@ -113,7 +165,9 @@ def block_products(x, blocks, scale, offset, signs, chirps, walsh, products, bes
         score = tl.where(opens, score, -float("inf"))
         score = tl.max(tl.reshape(score, (rows, tails, padded_chirps // group, group)), 3)
         of_tail = tl.arange(0, padded_chirps // group)[None, None, :]
-        where = entry * (block_size // group) + tail[None, :, None] * (chirp_count // group) + of_tail
+        where = (
+            entry * (block_size // group) + tail[None, :, None] * (chirp_count // group) + of_tail
+        )
         tl.store(best + where, score, mask=known & (of_tail < chirp_count // group))
 
 
@@ -132,7 +186,9 @@ def _ordered(score):
 def _largest(key, k: tl.constexpr):
     """Mask of the k largest of int32 keys (M,), of equal keys the first."""
     at_least = tl.sum((key >= 0).to(tl.int32), 0)
-    bound = tl.where(at_least >= k, 0, -2147483648)  # the k-th largest key, bit by bit from the first
+    bound = tl.where(
+        at_least >= k, 0, -2147483648
+    )  # the k-th largest key, bit by bit from the first
     for i in range(31):
         trial = bound | (1 << (30 - i))
         bound = tl.where(tl.sum((key >= trial).to(tl.int32), 0) >= k, trial, bound)
@@ -147,7 +203,11 @@ def _largest(key, k: tl.constexpr):
 
 @triton.jit
 def _gather_chosen(chosen, item, i, work):
-    """The items (M,) of the mask chosen, in order, at the places i (padded_k,) of a vector; work: its memory."""
+    """
+    The items (M,) of the mask chosen, in order, at the places i (padded_k,) of a vector.
+
+    work: memory that the lanes exchange it by; a barrier stands between writing and reading.
+    """
     place = tl.cumsum(chosen.to(tl.int32), 0) - 1
     tl.store(work + place, item, mask=chosen)
     tl.debug_barrier()
@@ -167,15 +227,32 @@ def _spread(item, i, work):
 
 
 @triton.jit
-def pick(products, best, blocks, scale, offset, ids, values, next_blocks, work,
-         slots: tl.constexpr, block_size: tl.constexpr, k: tl.constexpr, padded_k: tl.constexpr,
-         padded_size: tl.constexpr, group: tl.constexpr, columns: tl.constexpr, column: tl.constexpr,
-         next_shift: tl.constexpr):
+def pick(
+    products,
+    best,
+    blocks,
+    scale,
+    offset,
+    ids,
+    values,
+    next_blocks,
+    work,
+    slots: tl.constexpr,
+    block_size: tl.constexpr,
+    k: tl.constexpr,
+    padded_k: tl.constexpr,
+    padded_size: tl.constexpr,
+    group: tl.constexpr,
+    columns: tl.constexpr,
+    column: tl.constexpr,
+    next_shift: tl.constexpr,
+):
     """
-    One token a program: the k features with the largest scores, largest first, into ids and values (N, columns).
+    One token a program: the k features with the largest scores, largest first, into ids and values
+    (N, columns).
 
-    next_blocks (N, k), unless next_shift < 0: blocks of the next level, ascending, ~block where it repeats the one
-    before. work (N, padded_k) int32: memory for vectors that lanes exchange.
+    next_blocks (N, k), unless next_shift < 0: blocks of the next level, ascending, ~block where it
+    repeats the one before. work (N, padded_k) int32: memory for vectors that lanes exchange.
     """
     token = tl.program_id(0).to(tl.int64)
     work += token * padded_k
@@ -187,7 +264,9 @@ def pick(products, best, blocks, scale, offset, ids, values, next_blocks, work,
     if group > 1:
         entry = tl.arange(0, padded_size // group)
         n_entries: tl.constexpr = slots * block_size // group
-        score = tl.load(best + token * n_entries + entry, mask=entry < n_entries, other=-float("inf"))
+        score = tl.load(
+            best + token * n_entries + entry, mask=entry < n_entries, other=-float("inf")
+        )
         entry = _gather_chosen(_largest(_ordered(score), k), entry, i, work)
         candidate = tl.where(real, entry, 0)[:, None] * group + tl.arange(0, group)[None, :]
         candidate = tl.reshape(candidate, (padded_k * group,))
@@ -205,7 +284,9 @@ def pick(products, best, blocks, scale, offset, ids, values, next_blocks, work,
     block = tl.load(blocks + token * slots + candidate // block_size)
     feature = block * block_size + candidate % block_size
     value = tl.load(products + candidate)
-    score = value * tl.load(scale + feature).to(tl.float32) + tl.load(offset + feature).to(tl.float32)
+    score = value * tl.load(scale + feature).to(tl.float32) + tl.load(offset + feature).to(
+        tl.float32
+    )
     key = tl.where(real, _ordered(score), -2147483648)
     other = _spread(key, i, work)
     before = (other > key[:, None]) | ((other == key[:, None]) & (i[None, :] < i[:, None]))
@@ -223,9 +304,10 @@ def pick(products, best, blocks, scale, offset, ids, values, next_blocks, work,
 
 
 # -----------------------------------------------------------------------------
-# combine and project. A word holds an atom's signs at 32 coordinates: bit i of word w is 1 where coordinate
-# i * d/32 + w is negative. An atom's words are a Walsh function's XOR a chirp's. Sums of +-a are the sum of all a
-# minus twice the sum of the negative ones: one predicated addition an element.
+# combine and project. A word holds an atom's signs at 32 coordinates: bit i of word w is 1 where
+# coordinate i * d/32 + w is negative. An atom's words are a Walsh function's XOR a chirp's. Sums of
+# +-a are the sum of all a minus twice the sum of the negative ones: one predicated addition an
+# element.
 
 
 @triton.jit
@@ -236,7 +318,7 @@ def _words(walsh, chirps, feature, c, lane, words: tl.constexpr):
 
 @triton.jit
 def combine_atoms(ids, weights, walsh, chirps, out, K, c, words: tl.constexpr):
-    """One token a program: ids and weights (N, K) of the level with t + c bits -> out (N, 32 * words)."""
+    """One token a program: ids and weights (N, K), of the t + c bits' level -> (N, 32 * words)."""
     token = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, words)
     total = 0.0
@@ -258,7 +340,7 @@ def combine_atoms(ids, weights, walsh, chirps, out, K, c, words: tl.constexpr):
 
 @triton.jit
 def project_atoms(y, ids, walsh, chirps, out, K, c, words: tl.constexpr):
-    """One token a program: y (N, 32 * words), ids (N, K) of the level with t + c bits -> out (N, K)."""
+    """One token a program: y (N, 32 * words), ids (N, K) of the t + c bits' level -> (N, K)."""
     token = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, words)
     total = tl.zeros((words,), tl.float32)
@@ -286,7 +368,7 @@ def _parity(v, label):
 
 @functools.cache
 def _sign_table(t, n, m, device):
-    """Sign bits of bfloat16, int16 (2^q, 2^p): a block's parity of the head h; heads padded to 16."""
+    """Sign bits of bfloat16, int16 (2^q, 2^p): a block's parity of the head; padded to 16 heads."""
     q = n - m
     p = min(q, t)
     signs = np.zeros((2**q, max(16, 2**p)), dtype=np.int16)
@@ -297,7 +379,11 @@ def _sign_table(t, n, m, device):
 
 @functools.cache
 def _chirp_table(t, n, m, device):
-    """+1 and -1, bfloat16 (2^r, 2^p, 2^c): parities of the last c label bits at (h, j), zero in the padding to 16."""
+    """
+    +1 and -1, bfloat16 (2^r, 2^p, 2^c): parities of the last c label bits at (h, j).
+
+    Padded to 16 in the last two dimensions, with zeros.
+    """
     p, c = min(n - m, t), min(n - t, m)
     label = labels(t, n).reshape(2**p, 2 ** (t - p)).T[..., None]
     chirps = np.zeros((2 ** (t - p), max(16, 2**p), max(16, 2**c)), dtype=np.int8)
@@ -318,7 +404,8 @@ def _word_tables(t, n, device):
     tables = []
     for count, label in ((2**t, np.arange(2**t)), (2 ** (n - t), chirp_labels)):
         bits = _parity(np.arange(count)[:, None], label).reshape(count, 32, -1)
-        words = (bits.astype(np.uint32) << np.arange(32, dtype=np.uint32)[:, None]).sum(1, dtype=np.uint32)
+        places = np.arange(32, dtype=np.uint32)[:, None]
+        words = (bits.astype(np.uint32) << places).sum(1, dtype=np.uint32)
         tables.append(torch.from_numpy(words.view(np.int32)).to(device))
     return tables
 
@@ -336,61 +423,116 @@ def _group(slots, m, k, width):
     return GROUP if width >= GROUP and slots * 2**m >= 2 * GROUP * k else 1
 
 
-def level_kernels(t, plan, dtype=torch.bfloat16):
-    """
-    Per level what select launches for x of dtype: [(kernel, constants, tokens a program, warps) of products and pick].
+class Launch(NamedTuple):
+    """A kernel as it is started for a level."""
 
-    plan: n, k, m of each level, as select takes it.
+    kernel: Callable
+    constants: dict  # its constexpr arguments
+    tokens: int  # a program
+    warps: int  # a program
+    stages: int = 1  # of loads in flight in a loop of products
+
+
+def _top_launch(t, k):
+    """Products of the top level."""
+    constants = {
+        "log_rows": t - t // 2,
+        "log_columns": t // 2,
+        "inv_sqrt_d": 2 ** (-t / 2),
+        "group": _group(1, t, k, 2 ** (t // 2)),
+    }
+    return Launch(top_products, constants, 1, 1)
+
+
+def _block_launch(t, n, m, k, slots, dtype):
+    """Products of a gated level; a matrix product wants at least 16 of each dimension."""
+    head = min(n - m, t)
+    chirp = min(n - t, m)
+    padded_slots = _power_of_two(slots)
+    padded_chirps = max(16, 2**chirp)
+    tokens = max(1, 32 // padded_slots)
+    size = tokens * padded_slots * 2 ** (t - head) * padded_chirps
+    constants = {
+        "tokens": tokens,
+        "slots": slots,
+        "padded_slots": padded_slots,
+        "heads": 2**head,
+        "padded_heads": max(16, 2**head),
+        "step": min(128, max(16, 2**head)),
+        "tails": 2 ** (t - head),
+        "chirp_count": 2**chirp,
+        "padded_chirps": padded_chirps,
+        "parts": {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}[dtype],
+        # the interpreter has no bfloat16 products
+        "dot_type": tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16,
+        "inv_sqrt_d": 2 ** (-t / 2),
+        "group": _group(slots, m, k, 2**chirp),
+    }
+    # 3 stages, Triton's default, leave one block a multiprocessor on sm_120; 1 spills
+    return Launch(block_products, constants, tokens, 8 if size > 8192 else 4, 2)
+
+
+def _pick_launch(m, k, slots, group, columns, column, next_shift):
+    constants = {
+        "slots": slots,
+        "block_size": 2**m,
+        "k": k,
+        "padded_k": max(8, _power_of_two(k)),
+        "padded_size": _power_of_two(slots) * 2**m,
+        "group": group,
+        "columns": columns,
+        "column": column,
+        "next_shift": next_shift,
+    }
+    return Launch(pick, constants, 1, 1)
+
+
+def level_launches(t, plan, dtype=torch.bfloat16):
+    """
+    What select launches for x of dtype: for each level the Launch of its products and that of pick.
+
+    plan: n, k, m of each level, as cayley.select takes it.
     """
     levels = list(zip(plan[::3], plan[1::3], plan[2::3]))
-    parts = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}[dtype]
-    column, slots, launches = 0, 1, []
-    for level, (n, k, m) in enumerate(levels):
-        if level == 0:
-            group = _group(1, m, k, 2 ** (t // 2))
-            products = (top_products, {
-                "log_rows": t - t // 2, "log_columns": t // 2, "inv_sqrt_d": 2 ** (-t / 2), "group": group}, 1, 1)
+    launches = []
+    column = 0
+    slots = 1
+    for i, (n, k, m) in enumerate(levels):
+        if i == 0:
+            products = _top_launch(t, k)
         else:
-            slots = levels[level - 1][1] if m < n else 1
-            p, c = min(n - m, t), min(n - t, m)
-            group = _group(slots, m, k, 2**c)
-            padded = _power_of_two(slots)
-            padded_heads, padded_chirps = max(16, 2**p), max(16, 2**c)
-            tokens = max(1, 32 // padded)
-            size = tokens * padded * 2 ** (t - p) * padded_chirps
-            products = (block_products, {
-                "tokens": tokens, "slots": slots, "padded_slots": padded, "heads": 2**p,
-                "padded_heads": padded_heads, "step": min(128, padded_heads), "tails": 2 ** (t - p),
-                "chirp_count": 2**c, "padded_chirps": padded_chirps, "parts": parts,
-                "dot_type": tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16,
-                "inv_sqrt_d": 2 ** (-t / 2), "group": group}, tokens, 8 if size > 8192 else 4)
-        shift = -1
-        if level + 1 < len(levels) and levels[level + 1][2] < levels[level + 1][0]:
-            shift = n - (levels[level + 1][0] - levels[level + 1][2])
-        launches.append((products, (pick, {
-            "slots": slots, "block_size": 2**m, "k": k, "padded_k": max(8, _power_of_two(k)),
-            "padded_size": _power_of_two(slots) * 2**m, "group": group, "columns": sum(plan[1::3]),
-            "column": column, "next_shift": shift}, 1, 1)))
+            products = _block_launch(t, n, m, k, slots if m < n else 1, dtype)
+        next_shift = -1
+        if i + 1 < len(levels):
+            next_n, _, next_m = levels[i + 1]
+            if next_m < next_n:
+                next_shift = n - (next_n - next_m)
+        group = products.constants["group"]
+        n_blocks = products.constants.get("slots", 1)
+        picks = _pick_launch(m, k, n_blocks, group, sum(plan[1::3]), column, next_shift)
+        launches.append((products, picks))
         column += k
+        slots = k
     return launches
 
 
-def supports(t, plan=None, dtype=torch.float32):
+def supports(t, plan=(), dtype=torch.float32):
     """
-    Whether select (with its plan) or combine and project (without) are covered for d = 2^t and tensors of dtype.
+    Whether select, with its plan, is covered for d = 2^t and tensors of dtype; without a plan
+    combine and project.
 
-    Not covered: d under 32, float64, and levels of more features than registers hold (16,384 of a token's open ones,
-    1,024 if none is gated).
+    Not covered: d under 32, float64, and levels whose open features don't fit in registers (16,384
+    of some tokens' for products, 2,048 of a token's for a search without groups).
     """
     if not 5 <= t <= 12 or dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return False
-    for products, picks in level_kernels(t, plan or [], dtype):
-        constants = products[1]
-        if products[0] is block_products:
+    for products, picks in level_launches(t, plan, dtype):
+        if products.kernel is block_products:
+            constants = products.constants
             rows = constants["tokens"] * constants["padded_slots"]
             if rows * constants["tails"] * constants["padded_chirps"] > 16384:
                 return False
-        if picks[1]["group"] == 1 and picks[1]["padded_size"] > 2048:
+        if picks.constants["group"] == 1 and picks.constants["padded_size"] > 2048:
             return False
     return True
 
@@ -400,61 +542,214 @@ def supports(t, plan=None, dtype=torch.float32):
 
 
 def select(x, scale, offset, plan):
-    """As cayley.select: x (N, d), scale and offset (F,), plan -> ids (N, K) int64, products (N, K) as scale."""
-    t, K = plan[0], sum(plan[1::3])
-    x, scale, offset = x.contiguous(), scale.contiguous(), offset.contiguous()
+    """
+    As cayley.select: x (N, d), scale and offset (F,), plan -> ids (N, K) int64, and products (N, K)
+    in scale's dtype.
+    """
+    x = x.contiguous()
+    scale = scale.contiguous()
+    offset = offset.contiguous()
+    K = sum(plan[1::3])
     ids = x.new_empty((len(x), K), dtype=torch.int64)
     values = scale.new_empty((len(x), K))
-    launches = level_kernels(t, plan, x.dtype)
-    sizes = [picks[1]["slots"] * picks[1]["block_size"] for _, picks in launches]
-    chunk = max(1, SCRATCH_BYTES // (4 * max(sizes)))
+    launches = level_launches(plan[0], plan, x.dtype)
+    open_features = []
+    for _, picks in launches:
+        open_features.append(picks.constants["slots"] * picks.constants["block_size"])
+    step = max(1, SCRATCH_BYTES // (4 * max(open_features)))
     with torch.cuda.device_of(x):
-        for start in range(0, len(x), chunk):
-            part = slice(start, start + chunk)
-            _select_chunk(x[part], scale, offset, plan, launches, max(sizes), ids[part], values[part])
+        for start in range(0, len(x), step):
+            part = slice(start, start + step)
+            scratch = max(open_features)
+            _select_chunk(x[part], scale, offset, plan, launches, scratch, ids[part], values[part])
     return ids, values
 
 
-def _select_chunk(x, scale, offset, plan, launches, size, ids, values):
-    N, t = len(x), plan[0]
-    products = x.new_empty((N, size), dtype=torch.float32)
-    best = x.new_empty((N, size // GROUP), dtype=torch.float32)
-    work = x.new_empty((N, max(picks[1]["padded_k"] for _, picks in launches)), dtype=torch.int32)
-    start, next_blocks = 0, None
+def _select_chunk(x, scale, offset, plan, launches, scratch, ids, values):
+    """select for x (N, d) into ids and values (N, K); scratch: products that a token may have."""
+    N = len(x)
+    t = plan[0]
+    products = x.new_empty((N, scratch), dtype=torch.float32)
+    best = x.new_empty((N, scratch // GROUP), dtype=torch.float32)
+    lanes = max(picks.constants["padded_k"] for _, picks in launches)
+    work = x.new_empty((N, lanes), dtype=torch.int32)
+    only_block = x.new_zeros((N, 1), dtype=torch.int32)
+    start = 0
+    next_blocks = None
     for (n, k, m), (first, picks) in zip(zip(plan[::3], plan[1::3], plan[2::3]), launches):
-        blocks = next_blocks if m < n else x.new_zeros((N, 1), dtype=torch.int32)
-        a, b = scale[start:start + 2**n], offset[start:start + 2**n]
-        kernel, constants, tokens, warps = first
-        grid = (triton.cdiv(N, tokens),)
-        if kernel is top_products:
-            kernel[grid](x, a, b, products, best, num_warps=warps, **constants)
-        else:
-            tables = (_sign_table(t, n, m, x.device), _chirp_table(t, n, m, x.device),
-                      _walsh_table(t - min(n - m, t), x.device))
-            kernel[grid](x, blocks, a, b, *tables, products, best, N, num_warps=warps, **constants)
-        next_blocks = x.new_empty((N, k), dtype=torch.int32)
-        kernel, constants, _, warps = picks
-        kernel[(N,)](products, best, blocks, a, b, ids, values, next_blocks, work, num_warps=warps, **constants)
+        blocks = next_blocks if m < n else only_block
+        level_scale = scale[start:start + 2**n]
+        level_offset = offset[start:start + 2**n]
         start += 2**n
+        results = (products, best)
+        if first.kernel is top_products:
+            arguments = (x, level_scale, level_offset, *results)
+        else:
+            tables = (
+                _sign_table(t, n, m, x.device),
+                _chirp_table(t, n, m, x.device),
+                _walsh_table(t - min(n - m, t), x.device),
+            )
+            arguments = (x, blocks, level_scale, level_offset, *tables, *results, N)
+        grid = (triton.cdiv(N, first.tokens),)
+        first.kernel[grid](
+            *arguments, num_warps=first.warps, num_stages=first.stages, **first.constants
+        )
+        next_blocks = x.new_empty((N, k), dtype=torch.int32)
+        arguments = (*results, blocks, level_scale, level_offset, ids, values, next_blocks, work)
+        picks.kernel[(N,)](*arguments, num_warps=picks.warps, **picks.constants)
 
 
 def combine(ids, weights, t, n):
     """As cayley.combine: ids (N, K) of the n-bit level, weights (N, K) -> (N, 2^t)."""
-    ids, weights = ids.contiguous(), weights.contiguous()
-    out = weights.new_empty((len(ids), 2**t))
-    if len(ids):
+    ids = ids.contiguous()
+    weights = weights.contiguous()
+    N, K = ids.shape
+    out = weights.new_empty((N, 2**t))
+    walsh, chirps = _word_tables(t, n, weights.device)
+    if N:
         with torch.cuda.device_of(weights):
-            combine_atoms[(len(ids),)](ids, weights, *_word_tables(t, n, weights.device), out, ids.shape[1],
-                                       n - t, words=2**t // 32, num_warps=1)
+            combine_atoms[(N,)](
+                ids, weights, walsh, chirps, out, K, n - t, words=2**t // 32, num_warps=1
+            )
     return out
 
 
 def project(y, ids, t, n):
     """As cayley.project: y (N, 2^t), ids (N, K) of the n-bit level -> (N, K)."""
-    y, ids = y.contiguous(), ids.contiguous()
-    out = y.new_empty(ids.shape)
-    if len(ids):
+    y = y.contiguous()
+    ids = ids.contiguous()
+    N, K = ids.shape
+    out = y.new_empty((N, K))
+    walsh, chirps = _word_tables(t, n, y.device)
+    if N:
         with torch.cuda.device_of(y):
-            project_atoms[(len(ids),)](y, ids, *_word_tables(t, n, y.device), out, ids.shape[1],
-                                       n - t, words=2**t // 32, num_warps=1)
+            project_atoms[(N,)](
+                y, ids, walsh, chirps, out, K, n - t, words=2**t // 32, num_warps=1
+            )
     return out
+
+
+# -----------------------------------------------------------------------------
+# the check at the start of a run: these kernels and PyTorch's on one batch
+
+NEAR = 1e-3  # scores closer than this may change places by rounding; scores are of order 1
+SAME = 0.9  # at least this share of the tokens has no such near tie
+
+
+class Comparison(NamedTuple):
+    fault: str  # what differs beyond near ties, in words; "" where nothing does
+    torch_seconds: float  # of the operators of a layer's forward and backward, on the batch
+    triton_seconds: float
+
+
+def _choice_fault(sae, ours, theirs, scale, offset):
+    """What differs between two results of select, (ids, products) each; "" for near ties alone."""
+    same = torch.ones(len(ours[0]), dtype=torch.bool, device=scale.device)  # so far, by level
+    start = 0
+    for i, level in enumerate(sae.levels):
+        columns = slice(start, start + level.k)
+        start += level.k
+        scores = []
+        chosen = []
+        for ids, products in (ours, theirs):
+            features = ids[:, columns] + sae.level_slices[i].start  # among all levels'
+            score = products[:, columns] * scale[features] + offset[features]
+            scores.append(score.sort(1).values)
+            chosen.append(features.sort(1).values)
+        gap = (scores[0] - scores[1]).abs().amax(1)[same]
+        if not (gap < NEAR).all():  # not a number is a fault, too
+            return f"the scores of level {i}'s active features differ by {gap.max().item():.3g}"
+        same &= (chosen[0] == chosen[1]).all(1)
+    share = same.float().mean().item()
+    if share < SAME:
+        return f"{1 - share:.1%} of the tokens have other active features"
+    return ""
+
+
+def _find_fault(sae, x, scale, offset):
+    """The operators by Triton on x against PyTorch's in fp32; leaves PyTorch's in use."""
+    k = sae.levels[-1].k
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # TF32 would decide near ties its own way
+    cayley.use_kernels("torch")
+    theirs = cayley.select(x.float(), scale, offset, sae.plan)
+    ids = theirs[0][:, -k:].contiguous()
+    weights = theirs[1][:, -k:].contiguous()
+    their_sums = cayley.combine(ids, weights, sae.t, sae.n)
+    their_products = cayley.project(x.float(), ids, sae.t, sae.n)
+    torch.set_float32_matmul_precision(precision)
+
+    cayley.use_kernels("triton")
+    ours = cayley.select(x, scale, offset, sae.plan)
+    sums = cayley.combine(ids, weights.to(x.dtype), sae.t, sae.n)
+    products = cayley.project(x, ids, sae.t, sae.n)
+    cayley.use_kernels("torch")
+    fault = _choice_fault(sae, ours, theirs, scale, offset)
+    for name, a, b in (("combine", sums, their_sums), ("project", products, their_products)):
+        error = ((a.float() - b).norm() / b.norm()).item()
+        if not fault and not error < 0.02:  # the result is rounded to x's dtype
+            fault = f"{name} differs by {error:.3g} of its norm"
+    return fault
+
+
+def _seconds(sae, x, scale, offset, repeats=5):
+    """Median time of the operators of a layer's forward and backward on x (N, d)."""
+    weights = x.new_ones(len(x), sum(level.k for level in sae.levels))
+    times = []
+    for _ in range(repeats + 1):
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)
+        start = time.perf_counter()
+        ids, _ = cayley.select(x, scale, offset, sae.plan)
+        y = cayley.combine(ids, weights, sae.t, sae.n)
+        cayley.project(y, ids, sae.t, sae.n)
+        cayley.combine(ids, weights, sae.t, sae.n)
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])  # the first one compiles
+
+
+@torch.no_grad()
+def compare(sae, x):
+    """
+    These kernels and PyTorch's on one batch of a CayleySAE's input, x (N, d) -> a Comparison.
+
+    Leaves PyTorch's in use.
+    """
+    scale, shift = sae.standardization()
+    offset = sae.bias + shift
+    fault = _find_fault(sae, x, scale, offset)
+    seconds = {}
+    for kernels in ("triton", "torch"):
+        cayley.use_kernels(kernels)
+        seconds[kernels] = _seconds(sae, x, scale, offset)
+    return Comparison(fault, seconds["torch"], seconds["triton"])
+
+
+def choose(sae, x, wanted, total):
+    """
+    Have all CayleySAEs run these kernels if they agree with PyTorch's and are faster -> a line that
+    says which run, and why.
+
+    sae, x (N, d): a layer and a real batch of its input. wanted: "auto", or "triton" whatever the
+    times. total: sums a tensor over ranks, so that all take the same decision. Raises ValueError
+    where results differ and wanted is "triton".
+    """
+    result = compare(sae, x)
+    mine = torch.tensor([float(result.fault != ""), result.torch_seconds, result.triton_seconds])
+    faulty, torch_seconds, triton_seconds = total(mine.to(x.device)).tolist()
+    cayley.use_kernels("torch")
+    if faulty:
+        message = f"Triton's kernels differ from PyTorch's: {result.fault or 'on another rank'}"
+        if wanted == "triton":
+            raise ValueError(f"{message}; use --kernels=torch")
+        return f"WARNING: {message}; PyTorch's are used"
+    name = "triton" if wanted == "triton" or triton_seconds < torch_seconds else "torch"
+    cayley.use_kernels(name)
+    return (
+        f"kernels: {name}; both agree, and a layer's operators take "
+        f"{1e3 * result.torch_seconds:.2f} ms by PyTorch and {1e3 * result.triton_seconds:.2f} ms "
+        f"by Triton on {len(x):,} tokens"
+    )

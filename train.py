@@ -696,7 +696,7 @@ def log_columns(model):
     return columns
 
 
-def write_config(config):
+def write_config(config, hardware):
     """out_dir/config.json: what ran, with what."""
     here = os.path.dirname(os.path.abspath(__file__))
     git = ["git", "rev-parse", "HEAD"]
@@ -710,7 +710,11 @@ def write_config(config):
         "cuda": torch.version.cuda,
     }
     write_json(out_path("config.json"), {
-        "config": config, "command": sys.argv, "commit": commit or None, "versions": versions,
+        "config": config,
+        "command": sys.argv,
+        "commit": commit or None,
+        "versions": versions,
+        "hardware": hardware,
     })
 
 
@@ -941,11 +945,12 @@ def main():
             raise ValueError(f"{out_path('last.pt')} is there already: go on with "
                              "--init_from=resume or choose another --out_dir")
         if ranks.master:
-            write_config(config)
-            log = Log(log_columns(run.raw_model), state, config)
             meter = Meter(run.raw_model, ranks, 0)
-            print(f"{run.raw_model.get_num_params():,} parameters, {ranks.world_size} x "
-                  f"{meter.name}, {meter.tokens_per_iter:,} tokens an iteration, "
+            hardware = f"{ranks.world_size} x {meter.name}"
+            write_config(config, hardware)
+            log = Log(log_columns(run.raw_model), state, config)
+            print(f"{run.raw_model.get_num_params():,} parameters, {hardware}, "
+                  f"{meter.tokens_per_iter:,} tokens an iteration, "
                   f"{len(run.train_windows):,} training windows")
             if state.iter >= state.end:
                 print(f"{out_path('last.pt')} has its {state.iter} iterations already: a larger "

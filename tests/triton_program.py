@@ -1,0 +1,176 @@
+"""
+The kernels of cayley_triton.py in Triton's interpreter, on the CPU.
+
+test_triton.py runs this file in a process of its own, since TRITON_INTERPRET must be set before
+Triton is imported.
+
+Prints a line for each shape; raises AssertionError for a difference.
+"""
+import copy
+import os
+import sys
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+
+import cayley
+import cayley_triton
+from cayley import CayleySAE, plain_decode, plain_encode
+
+SHAPES = [  # n_embd, levels, tokens
+    (32, "5,4,0;9,5,32", 7),
+    (32, "5,2,0;10,3,32;15,3,32", 1),  # a block's bits reach beyond the coordinate's
+    (32, "5,8,0;8,6,256", 5),  # delta maximal: one block
+    (64, "6,1,0;9,1,8", 3),  # delta minimal, k = 1
+    (64, "6,4,0;9,5,16;12,7,32", 11),
+    (128, "7,8,0;10,5,8;17,6,128", 3),
+    (256, "8,3,0;12,9,64", 2),
+    (512, "9,5,0;13,7,64", 1),
+    (1024, "10,16,0;15,32,256", 1),  # the published recipe's
+    (2048, "11,4,0;15,6,256", 1),
+]
+
+
+def random_sae(n_embd, levels):
+    torch.manual_seed(0)
+    sae = CayleySAE(n_embd, levels).eval()
+    with torch.no_grad():
+        sae.bias.normal_(std=0.3)
+        sae.mean.normal_(std=0.3)
+        sae.var.uniform_(0.3, 2)
+    return sae
+
+
+def through(sae, x, weight):
+    """The layer's codes and output, and the gradients of x and bias."""
+    x = x.clone().requires_grad_()
+    codes = sae.encode(x)
+    output = sae.decode(codes)
+    gradients = torch.autograd.grad((output * weight).sum(), [x, sae.bias])
+    return codes, output, gradients
+
+
+def check_layer(n_embd, levels, n_tokens):
+    """The whole layer, forward and backward, in fp32: its definition in float64 and the CPU's."""
+    sae = random_sae(n_embd, levels)
+    x = torch.randn(n_tokens, n_embd)
+    weight = torch.randn(n_tokens, n_embd)
+    cayley.use_kernels("triton")
+    assert cayley_triton.supports(sae.t, sae.plan)
+    ours = through(sae, x, weight)
+    cayley.use_kernels("torch")
+    theirs = through(sae, x, weight)
+    wide = copy.deepcopy(sae).double()
+    atoms = [wide.atoms(i, range(2**level.n)) for i, level in enumerate(wide.levels)]
+    definition = plain_encode(wide, x.double(), atoms)
+    for code, other, exact in zip(ours[0], theirs[0], definition):
+        assert torch.equal(code.ids, other.ids)
+        assert torch.equal(code.ids, exact.ids)
+        torch.testing.assert_close(code.values.double(), exact.values, atol=1e-5, rtol=1e-5)
+    exact_output = plain_decode(definition, atoms)
+    torch.testing.assert_close(ours[1].double(), exact_output, atol=2e-5, rtol=1e-5)
+    for gradient, other in zip(ours[2], theirs[2]):
+        torch.testing.assert_close(gradient, other, atol=1e-4, rtol=1e-4)
+
+
+def check_half(n_embd, levels, n_tokens, dtype):
+    """Inputs of 16 bits: sums are in fp32, so the results are those of the same numbers in fp32."""
+    sae = random_sae(n_embd, levels)
+    scale, shift = sae.standardization()
+    offset = sae.bias.detach() + shift
+    x = torch.randn(n_tokens, n_embd).to(dtype)
+    ids, products = cayley_triton.select(x, scale, offset, sae.plan)
+    exact_ids, exact_products = cayley.select(x.float(), scale, offset, sae.plan)
+    assert torch.equal(ids, exact_ids)
+    torch.testing.assert_close(products, exact_products, atol=1e-5, rtol=1e-5)
+    weights = torch.randn(ids.shape).to(dtype)
+    leaves = ids % 2**sae.n
+    sums = cayley_triton.combine(leaves, weights, sae.t, sae.n)
+    exact = cayley.combine(leaves, weights.float(), sae.t, sae.n)
+    assert sums.dtype == dtype
+    torch.testing.assert_close(sums, exact.to(dtype), atol=1e-5, rtol=2**-7)
+    products = cayley_triton.project(x, leaves, sae.t, sae.n)
+    exact = cayley.project(x.float(), leaves, sae.t, sae.n)
+    torch.testing.assert_close(products, exact.to(dtype), atol=1e-4, rtol=2**-7)
+
+
+def check_ties():
+    """Equal scores everywhere: of the open features the k of smallest id, in order, on any run."""
+    sae = CayleySAE(64, "6,8,0;10,8,64").eval()
+    x = torch.zeros(3, 64)
+    x[1] = 1  # constant: only feature 0 scores
+    scale, shift = sae.standardization()
+    offset = sae.bias.detach() + shift
+    ids, products = cayley_triton.select(x, scale, offset, sae.plan)
+    assert ids[0].tolist() == [*range(8), *range(8)] and not products[0].any()
+    assert ids[1, 0] == ids[1, 8] == 0 and products[1, 0] == 8
+    again, _ = cayley_triton.select(x, scale, offset, sae.plan)
+    assert torch.equal(ids, again)
+    empty_ids, empty = cayley_triton.select(x[:0], scale, offset, sae.plan)
+    assert empty_ids.shape == empty.shape == (0, 16)
+
+
+def check_comparison():
+    """What a run does at its start: equal kernels agree, spoilt ones are found."""
+    sae = random_sae(32, "5,2,0;7,2,4")
+    x = torch.randn(1, 32)
+
+    def decide(wanted):
+        message = cayley_triton.choose(sae, x, wanted, lambda tensor: tensor)
+        return message, cayley.kernels_in_use()
+
+    message, used = decide("triton")
+    assert used == "triton" and "both agree" in message, message
+    message, used = decide("auto")  # the interpreter is the slower one
+    assert used == "torch" and "both agree" in message, message
+    right = cayley_triton.combine
+    cayley_triton.combine = lambda *arguments: right(*arguments) * 1.05
+    message, used = decide("auto")
+    assert used == "torch" and "combine differs" in message, message
+    try:
+        decide("triton")
+    except ValueError as error:
+        assert "--kernels=torch" in str(error)
+    else:
+        raise AssertionError("a difference was accepted")
+    cayley_triton.combine = right
+    right_select = cayley_triton.select
+
+    def shifted(*arguments):
+        ids, products = right_select(*arguments)
+        return ids ^ 1, products
+
+    cayley_triton.select = shifted
+    message, used = decide("auto")
+    assert used == "torch" and "differ" in message, message
+    cayley_triton.select = right_select
+    cayley.use_kernels("torch")
+
+
+def main():
+    cayley.TRITON_DEVICES = ("cpu",)
+    for shape in SHAPES:
+        check_layer(*shape)
+        print("layer", *shape, flush=True)
+    for dtype in (torch.bfloat16, torch.float16):
+        for shape in (SHAPES[4], SHAPES[6]):
+            check_half(*shape, dtype)
+            print("half", *shape, dtype, flush=True)
+    check_ties()
+    print("ties", flush=True)
+    check_comparison()
+    print("comparison", flush=True)
+    sae = random_sae(32, "5,2,0;7,2,4")
+    x = torch.randn(1, 2, 32)
+    expected = sae(x)
+    cayley.use_kernels("triton")
+    compiled = torch.compile(sae, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected)
+    print("compiled", flush=True)
+
+
+if __name__ == "__main__":
+    main()
