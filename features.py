@@ -36,6 +36,7 @@ split = "train"
 out_dir = "features"  # a new directory
 tokens = 2_000_000  # of the data, at most
 text = ""  # a file whose tokens get a page with their active features
+text_tokens = 20_000  # of it, at most
 n_top = 6  # contexts of largest codes, per feature
 n_random = 16  # sampled contexts, for tokens and co-active features
 batch_size = 8
@@ -325,14 +326,32 @@ def write_level(directory, model, reader, layer_readers, windows, slopes, n_voca
     save(directory, f"{reader.layer}/{reader.level}/table", table)
 
 
+def text_windows(ids, block_size):
+    """
+    (start, end, first new token) of windows that cover ids.
+
+    Each begins half a block after the one before, so that all but the first tokens are read with
+    half a block of context at least.
+    """
+    windows = [(0, min(block_size, len(ids)), 0)]
+    while windows[-1][1] < len(ids):
+        start, end, _ = windows[-1]
+        start += max(1, block_size // 2)
+        windows.append((start, min(start + block_size, len(ids)), end))
+    return windows
+
+
 def write_text_page(directory, model, encoding, ids):
     """The page of a text, a list of ids: its tokens, and per layer their codes by level."""
-    layers = codes_of(model, np.array([[encoding.eot_token] + ids]))
-    for layer, codes in enumerate(layers):
-        tokens = []
-        for i in range(1, len(ids) + 1):
-            tokens.append([[c.ids[0, i].tolist(), rounded(c.values[0, i])] for c in codes])
-        save(directory, f"text/{layer}", tokens)
+    read_ids = [encoding.eot_token] + ids
+    layers = [[] for _ in model.saes()]
+    for start, end, first in text_windows(read_ids, model.config.block_size):
+        codes_by_layer = codes_of(model, np.array([read_ids[start:end]]))
+        for tokens, codes in zip(layers, codes_by_layer):
+            for i in range(first - start, end - start):
+                tokens.append([[c.ids[0, i].tolist(), rounded(c.values[0, i])] for c in codes])
+    for layer, tokens in enumerate(layers):
+        save(directory, f"text/{layer}", tokens[1:])  # without end of text
     save(directory, "text/tokens", ids)
 
 
@@ -377,7 +396,7 @@ def write_site(directory, model, encoding, windows, readers, slopes, text_ids):
 
 def check_settings():
     """Raise ValueError for a setting that makes no sense, before anything is loaded."""
-    for key in ("tokens", "batch_size", "n_top", "n_random"):
+    for key in ("tokens", "text_tokens", "batch_size", "n_top", "n_random"):
         if globals()[key] < 1:
             raise ValueError(f"{key}={globals()[key]}: must be at least 1")
     if text and not os.path.isfile(text):
@@ -394,7 +413,11 @@ def main():
         encoding = get_tokenizer(config["tokenizer"])
         text_ids = []
         if text:
-            text_ids = encoding.encode_ordinary(read_text(text))[:model.config.block_size - 1]
+            text_ids = encoding.encode_ordinary(read_text(text))
+            if len(text_ids) > text_tokens:
+                print(f"{text}: its first {text_tokens:,} tokens of {len(text_ids):,} are read, "
+                      "see --text_tokens")
+            text_ids = text_ids[:text_tokens]
         source = run_windows(config, split, data_dir)
         n_windows = max(1, min(tokens // model.config.block_size, len(source)))
         windows = source.shuffled(0, n_windows, seed=0)[:, :-1]

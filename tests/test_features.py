@@ -10,6 +10,7 @@ from browser import Browser
 from conftest import ROOT, arguments, run_script
 
 import features
+from data import get_tokenizer
 from model import GPT, GPTConfig
 
 
@@ -89,6 +90,25 @@ def test_logit_effects_are_the_derivative_where_gelu_is_at_its_slopes(model):
     ids, values = features.logit_effects(model, 1, 1, [77], slopes[1], 257)
     np.testing.assert_allclose(values[0], logits[ids[0]].detach(), rtol=1e-3, atol=1e-6)
     assert ids[0, 0] == logits.argmax() and ids[0, -1] == logits.argmin()
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 100])
+def test_a_text_of_any_length_is_read_to_its_end(model, tmp_path, length):
+    """Each token's codes are those of a window that holds the tokens before it."""
+    encoding = get_tokenizer("bytes")
+    ids = np.random.default_rng(length).integers(0, 256, length).tolist()
+    features.write_text_page(str(tmp_path), model, encoding, ids)
+    pages = []
+    for layer in (0, 1):
+        text = (tmp_path / f"data/text/{layer}.js").read_text()
+        pages.append(json.loads(text[text.index(",") + 1:-1]))
+    assert len(pages[0]) == len(pages[1]) == length
+    read = [encoding.eot_token] + ids
+    for i in range(length):
+        start = max(0, (i + 1) // 8 * 8 - 8)  # windows begin half a block of 16 apart
+        _, codes = model.run_with_codes(torch.tensor([read[start:i + 2]]))
+        for layer, page in enumerate(pages):
+            assert sorted(page[i][1][0]) == sorted(codes[layer][1].ids[0, -1].tolist())
 
 
 # -----------------------------------------------------------------------------
