@@ -82,30 +82,25 @@ def top_products(
 
 
 @triton.jit
+def _keep_best(
+    best, score, entry, known, tail, rows: tl.constexpr, tails: tl.constexpr,
+    chirp_count: tl.constexpr, padded_chirps: tl.constexpr, group: tl.constexpr,
+):
+    """Of scores (rows, tails, padded_chirps) the best of every group, to best."""
+    score = tl.max(tl.reshape(score, (rows, tails, padded_chirps // group, group)), 3)
+    of_tail = tl.arange(0, padded_chirps // group)[None, None, :]
+    where = tail[None, :, None] * (chirp_count // group) + of_tail
+    where += entry * (tails * chirp_count // group)
+    tl.store(best + where, score, mask=known & (of_tail < chirp_count // group))
+
+
+@triton.jit
 def block_products(
-    x,
-    blocks,
-    scale,
-    offset,
-    signs,
-    chirps,
-    walsh,
-    products,
-    best,
-    n_tokens,
-    tokens: tl.constexpr,
-    slots: tl.constexpr,
-    padded_slots: tl.constexpr,
-    heads: tl.constexpr,
-    padded_heads: tl.constexpr,
-    step: tl.constexpr,
-    tails: tl.constexpr,
-    chirp_count: tl.constexpr,
-    padded_chirps: tl.constexpr,
-    parts: tl.constexpr,
-    dot_type: tl.constexpr,
-    inv_sqrt_d: tl.constexpr,
-    group: tl.constexpr,
+    x, blocks, scale, offset, signs, chirps, walsh, products, best, n_tokens,
+    tokens: tl.constexpr, slots: tl.constexpr, padded_slots: tl.constexpr, heads: tl.constexpr,
+    padded_heads: tl.constexpr, step: tl.constexpr, tails: tl.constexpr, chirp_count: tl.constexpr,
+    padded_chirps: tl.constexpr, parts: tl.constexpr, dot_type: tl.constexpr,
+    inv_sqrt_d: tl.constexpr, group: tl.constexpr,
 ):
     """
     A gated level, some tokens a program: products (N, slots, block) and, if group > 1, best scores
@@ -141,10 +136,8 @@ def block_products(
                 other=0,
             )  # (tokens, step)
             sign = tl.load(signs + block[:, None] * padded_heads + h[None, :])  # (rows, step)
-            factor = tl.load(
-                chirps + (j * padded_heads + h[:, None]) * padded_chirps + chirp[None, :]
-            )
-            factor = factor.to(dot_type)
+            place = (j * padded_heads + h[:, None]) * padded_chirps + chirp[None, :]
+            factor = tl.load(chirps + place).to(dot_type)  # (step, padded_chirps)
             for _ in tl.static_range(parts):
                 part = rest.to(tl.bfloat16)
                 rest = rest.to(tl.float32) - part.to(tl.float32)
@@ -163,12 +156,7 @@ def block_products(
         score = acc * tl.load(scale + where, mask=real, other=0).to(tl.float32)
         score += tl.load(offset + where, mask=real, other=0).to(tl.float32)
         score = tl.where(opens, score, -float("inf"))
-        score = tl.max(tl.reshape(score, (rows, tails, padded_chirps // group, group)), 3)
-        of_tail = tl.arange(0, padded_chirps // group)[None, None, :]
-        where = (
-            entry * (block_size // group) + tail[None, :, None] * (chirp_count // group) + of_tail
-        )
-        tl.store(best + where, score, mask=known & (of_tail < chirp_count // group))
+        _keep_best(best, score, entry, known, tail, rows, tails, chirp_count, padded_chirps, group)
 
 
 # -----------------------------------------------------------------------------
@@ -227,24 +215,20 @@ def _spread(item, i, work):
 
 
 @triton.jit
+def _open_next(next_blocks, block, i, work, k: tl.constexpr):
+    """Blocks (padded_k,) in ascending order, ~block where one repeats, into next_blocks (k,)."""
+    other = _spread(block, i, work)
+    same = (other == block[:, None]) & (i[None, :] < i[:, None])
+    rank = tl.sum((same | (other < block[:, None])).to(tl.int32), 1)
+    repeats = tl.sum(same.to(tl.int32), 1) > 0
+    tl.store(next_blocks + rank, tl.where(repeats, ~block, block), mask=i < k)
+
+
+@triton.jit
 def pick(
-    products,
-    best,
-    blocks,
-    scale,
-    offset,
-    ids,
-    values,
-    next_blocks,
-    work,
-    slots: tl.constexpr,
-    block_size: tl.constexpr,
-    k: tl.constexpr,
-    padded_k: tl.constexpr,
-    padded_size: tl.constexpr,
-    group: tl.constexpr,
-    columns: tl.constexpr,
-    column: tl.constexpr,
+    products, best, blocks, scale, offset, ids, values, next_blocks, work,
+    slots: tl.constexpr, block_size: tl.constexpr, k: tl.constexpr, padded_k: tl.constexpr,
+    padded_size: tl.constexpr, group: tl.constexpr, columns: tl.constexpr, column: tl.constexpr,
     next_shift: tl.constexpr,
 ):
     """
@@ -264,9 +248,8 @@ def pick(
     if group > 1:
         entry = tl.arange(0, padded_size // group)
         n_entries: tl.constexpr = slots * block_size // group
-        score = tl.load(
-            best + token * n_entries + entry, mask=entry < n_entries, other=-float("inf")
-        )
+        best += token * n_entries
+        score = tl.load(best + entry, mask=entry < n_entries, other=-float("inf"))
         entry = _gather_chosen(_largest(_ordered(score), k), entry, i, work)
         candidate = tl.where(real, entry, 0)[:, None] * group + tl.arange(0, group)[None, :]
         candidate = tl.reshape(candidate, (padded_k * group,))
@@ -284,9 +267,8 @@ def pick(
     block = tl.load(blocks + token * slots + candidate // block_size)
     feature = block * block_size + candidate % block_size
     value = tl.load(products + candidate)
-    score = value * tl.load(scale + feature).to(tl.float32) + tl.load(offset + feature).to(
-        tl.float32
-    )
+    score = value * tl.load(scale + feature).to(tl.float32)
+    score += tl.load(offset + feature).to(tl.float32)
     key = tl.where(real, _ordered(score), -2147483648)
     other = _spread(key, i, work)
     before = (other > key[:, None]) | ((other == key[:, None]) & (i[None, :] < i[:, None]))
@@ -296,11 +278,7 @@ def pick(
 
     if next_shift >= 0:
         block = tl.where(real, feature >> next_shift, 2147483647)
-        other = _spread(block, i, work)
-        same = (other == block[:, None]) & (i[None, :] < i[:, None])
-        rank = tl.sum((same | (other < block[:, None])).to(tl.int32), 1)
-        repeats = tl.sum(same.to(tl.int32), 1) > 0
-        tl.store(next_blocks + token * k + rank, tl.where(repeats, ~block, block), mask=real)
+        _open_next(next_blocks + token * k, block, i, work, k)
 
 
 # -----------------------------------------------------------------------------
