@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from cayley import CayleySAE, Edit, Level
+from cayley import CayleySAE, Edit, Level, label_bits, plain_encode
 from model import GPT, GPTConfig
 
 LEVELS = "5,4,0;9,5,16"
@@ -199,3 +199,59 @@ def test_a_wrong_argument_is_one_sentence(n_embd, levels, words):
 def test_levels_may_be_levels_or_triples():
     for levels in ([Level(6, 4, 0), Level(9, 5, 16)], [(6, 4, 0), (9, 5, 16)]):
         assert CayleySAE(64, levels).levels == CayleySAE(64, "6,4,0;9,5,16").levels
+
+
+# -----------------------------------------------------------------------------
+# what faults made by hand got past, see records/mutants
+
+
+def test_labels_have_one_bit_at_least():
+    with pytest.raises(ValueError, match="n=0: GF.2.10., for n_embd=1024, gives labels of 1 to 25"):
+        label_bits(10, 0)
+
+
+def test_scores_that_are_no_multiple_of_eight():
+    """33 blocks of 2 features, of which the best is wanted."""
+    torch.manual_seed(0)
+    sae = CayleySAE(64, "6,33,0;7,1,2").double()
+    x = torch.randn(20, 64, dtype=torch.float64)
+    atoms = [sae.atoms(i, range(2**level.n)) for i, level in enumerate(sae.levels)]
+    for code, expected in zip(sae.encode(x), plain_encode(sae, x, atoms)):
+        assert torch.equal(code.ids, expected.ids)
+
+
+@pytest.mark.parametrize("length", [1, 5, 8, 20])
+def test_statistics_see_the_last_position(length):
+    sae = small_sae()
+    x = torch.zeros(3, length, 32)
+    x[:, -1] = torch.randn(32)
+    sae(x)
+    sae.update_stats()
+    assert (sae.mean != 0).any()
+
+
+def test_finite_inputs_whose_squares_are_not_are_left_out():
+    sae = small_sae()
+    before = statistics(sae)
+    sae(1e25 * torch.randn(50, 32))
+    with pytest.warns(UserWarning, match="not finite"):
+        sae.update_stats()
+    assert torch.equal(sae.mean, before["mean"]) and torch.equal(sae.var, before["var"])
+
+
+def test_a_feature_without_variance_has_a_finite_score():
+    sae = small_sae()
+    sae.var.zero_()
+    assert sae(torch.randn(50, 32)).isfinite().all()
+
+
+def test_autocast_reaches_the_output_and_not_the_statistics():
+    x = torch.randn(2, 40, 32)
+    plain, autocast = small_sae(), small_sae()
+    plain(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert autocast(x).dtype == torch.bfloat16
+    for sae in (plain, autocast):
+        sae.update_stats()
+    torch.testing.assert_close(autocast.mean, plain.mean)
+    torch.testing.assert_close(autocast.var, plain.var)

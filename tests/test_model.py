@@ -186,6 +186,30 @@ def test_every_parameter_has_one_optimizer():
         Muon([torch.nn.Parameter(torch.zeros(3))], lr=0.1)
 
 
+def changed_by_a_step(rates, gradient, weight_decay=0.0):
+    """Names of the parameters that a step changes whose gradients are a constant times theirs."""
+    model = small_gpt()
+    for p in model.parameters():
+        torch.nn.init.normal_(p)
+        p.grad = gradient * p.detach()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = MuonAdamW(model, 0.5, 0.5, weight_decay=weight_decay)
+    optimizer.set_lr(*rates)
+    optimizer.step()
+    changed = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
+    matrices = [name for name, p in model.blocks.named_parameters("blocks") if p.dim() == 2]
+    return changed, matrices, [name for name in before if name not in matrices]
+
+
+def test_rates_and_weight_decay_reach_the_parameters_they_are_for():
+    changed, matrices, others = changed_by_a_step((0.1, 0.0), gradient=1)
+    assert changed == matrices
+    changed, matrices, others = changed_by_a_step((0.0, 0.1), gradient=1)
+    assert changed == others
+    changed, matrices, others = changed_by_a_step((0.1, 0.1), gradient=0, weight_decay=0.1)
+    assert changed == matrices
+
+
 # -----------------------------------------------------------------------------
 # the schedule
 

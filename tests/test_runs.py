@@ -1,4 +1,5 @@
 """train.py's runs: what a resume refuses, who may share a directory, how a run stops and fails."""
+import contextlib
 import json
 import os
 import shutil
@@ -6,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +22,10 @@ from conftest import (
     run_training,
     train_command,
 )
+
+import train
+from data import Windows
+from model import GPT, GPTConfig
 
 
 def copy_of(run, tmp_path):
@@ -337,3 +343,74 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
                  "iteration 1,271: learning rates 0.012", "a card of 80 GB holds"):
         assert text in result.stdout
     assert not list(tmp_path.iterdir())
+
+
+# -----------------------------------------------------------------------------
+# what faults made by hand got past, see records/mutants
+
+
+def test_log_csv_has_every_row_once(trained, data_dir, tmp_path):
+    """A resumed run drops the rows of iterations that its checkpoint doesn't know."""
+    run = copy_of(trained, tmp_path)
+    lines = (run / "log.csv").read_text().splitlines()
+    assert len(lines) == 1 + 20 + 3  # a header, iterations, evaluations
+    late = lines[-2].replace("19,", "25,", 1)
+    assert late.startswith("25,")
+    (run / "log.csv").write_text("\n".join([*lines, late]) + "\n")
+    result = run_training(data_dir, run, init_from="resume", max_iters=22)
+    assert result.returncode == 0, result.stderr
+    resumed = (run / "log.csv").read_text().splitlines()
+    assert resumed[:len(lines)] == lines
+    assert [line.split(",")[0] for line in resumed[len(lines):]] == ["20", "21", "22"]
+
+
+def test_validation_is_the_mean_over_all_windows(data_dir, monkeypatch):
+    """Whatever the size of a micro-batch, and whether the last one is full."""
+    monkeypatch.setattr(train, "device", "cpu")
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(32, 257, n_layer=1, n_head=2, n_embd=32, cayley_levels=""))
+    val_windows = Windows(str(data_dir), "val", 32)
+    windows = torch.from_numpy(val_windows.read(range(len(val_windows))))
+    with torch.no_grad():
+        expected = model(windows[:, :-1], windows[:, 1:])[1].item()
+    run = SimpleNamespace(
+        ranks=train.Ranks(),
+        stop=SimpleNamespace(asked=False),
+        val_windows=val_windows,
+        model=model,
+        autocast=contextlib.nullcontext(),
+    )
+    monkeypatch.setattr(train, "eval_iters", 1000)
+    for batch_size in (1, 7, 500):
+        monkeypatch.setattr(train, "batch_size", batch_size)
+        assert train.validate(run) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_gradient_that_is_not_finite_stops_its_own_iteration(data_dir, tmp_path):
+    code = (
+        "import math, train\n"
+        "init = train.GPT.__init__\n"
+        "def with_hook(self, config):\n"
+        "    init(self, config)\n"
+        "    self.wte.weight.register_hook(lambda gradient: gradient * math.inf)\n"
+        "train.GPT.__init__ = with_hook\n"
+        "train.main()\n"
+    )
+    command = train_command(data_dir, tmp_path / "run")
+    result = subprocess.run(
+        [command[0], "-c", code, *command[2:]], cwd=ROOT, env=ENVIRONMENT,
+        capture_output=True, text=True,
+    )
+    assert result.returncode == 1
+    assert "iteration 0: loss 5." in result.stderr and "gradient norm nan" in result.stderr
+
+
+def test_ckpt_pt_is_of_the_best_val_loss(data_dir, tmp_path):
+    run = tmp_path / "run"
+    settings = dict(adamw_lr=0.5, adamw_min_lr=0.5, warmup_iters=0, eval_interval=5)
+    assert run_training(data_dir, run, **settings).returncode == 0
+    val_loss = {it: float(value) for it, value in log_rows(run, "val_loss").items()}
+    best = min(val_loss, key=val_loss.get)
+    assert best < 20
+    checkpoint = torch.load(run / "ckpt.pt", weights_only=True)
+    assert (checkpoint["iter"], checkpoint["best_val_loss"]) == (best, val_loss[best])
