@@ -210,6 +210,13 @@ def test_rates_and_weight_decay_reach_the_parameters_they_are_for():
     assert changed == matrices
 
 
+def test_each_matrix_of_a_batch_is_orthogonalized_by_its_own_norm():
+    torch.manual_seed(0)
+    G = torch.randn(3, 64, 256) * torch.tensor([1.0, 1e3, 1e-3])[:, None, None]
+    for matrix, alone in zip(orthogonalize(G), G):
+        torch.testing.assert_close(matrix, orthogonalize(alone), atol=0.02, rtol=0)
+
+
 # -----------------------------------------------------------------------------
 # the schedule
 

@@ -74,6 +74,8 @@ def test_resume_takes_other_batches_when_told_to(trained, data_dir, tmp_path):
     result = run_training(data_dir, run, **settings)
     assert result.returncode == 0, result.stderr
     assert list(log_rows(run)) == list(range(22))
+    assert "after 20 iterations" in result.stdout
+    assert "max_iters=22 (was 20)" in result.stdout and "seed=1338 (was 1337)" in result.stdout
 
 
 def test_resume_takes_the_same_windows_in_other_micro_batches(trained, data_dir, tmp_path):
@@ -414,3 +416,21 @@ def test_ckpt_pt_is_of_the_best_val_loss(data_dir, tmp_path):
     assert best < 20
     checkpoint = torch.load(run / "ckpt.pt", weights_only=True)
     assert (checkpoint["iter"], checkpoint["best_val_loss"]) == (best, val_loss[best])
+
+
+def test_random_numbers_go_on_where_the_checkpoint_was(trained, data_dir, tmp_path):
+    """train.py draws none after the first weights; a fork with dropout does."""
+    run = copy_of(trained, tmp_path)
+    settings = dict(init_from="resume", max_iters=21, seed=1338, resume_anyway=True)
+    assert run_training(data_dir, run, **settings).returncode == 0
+    states = [torch.load(folder / "last.pt", weights_only=True)["rng"] for folder in (trained, run)]
+    assert torch.equal(states[0]["cpu"], states[1]["cpu"])
+
+
+def test_directories_of_two_tokenizers_are_not_one_data_set(data_dir, tmp_path):
+    other = shutil.copytree(data_dir, tmp_path / "other")
+    assert len(Windows(f"{data_dir},{other}", "val", 32)) == 2 * len(Windows(str(other), "val", 32))
+    meta = json.loads((other / "meta.json").read_text())
+    (other / "meta.json").write_text(json.dumps({**meta, "tokenizer": "gpt2"}))
+    with pytest.raises(ValueError, match="other has tokenizer 'gpt2' and .* 'bytes'"):
+        Windows(f"{data_dir},{other}", "val", 32)

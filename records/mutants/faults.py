@@ -21,11 +21,13 @@ def fault(file, tests, words, old, new):
 # cayley.py: the field, the labels, the levels
 
 FIELD = "test_cayley.py -k 'alpha or traces or independent or coherence or design'"
-ERRORS = "test_cayley.py tests/test_layer.py -k 'error or wrong or label_bits_of'"
-LAYER = "test_cayley.py -k 'dense_reference or small_chunks or gating or compiles'"
+ERRORS = "test_cayley.py tests/test_layer.py -k 'error or wrong or one_bit'"
+LAYER = "test_cayley.py tests/test_layer.py -k 'dense_reference or small_chunks or gating"
+LAYER += " or compiles or eight'"
 LIBRARY = "tests/test_layer.py"
 EDITS = "tests/test_layer.py tests/test_model.py -k 'edit or record or in_place'"
-STATISTICS = "test_cayley.py tests/test_layer.py -k 'statistics or nothing_seen or constant'"
+STATISTICS = "test_cayley.py tests/test_layer.py -k 'statistics or nothing_seen or constant"
+STATISTICS += " or without_variance'"
 
 fault("cayley.py", FIELD, "a polynomial of degree 10 that is not primitive",
       "10: 0x409,", "10: 0x407,")
@@ -219,7 +221,8 @@ fault("data.py", READING, "a preparation that isn't whole is read",
       'if not meta["complete"]:', 'if "complete" not in meta:')
 fault("data.py", READING, "block_size is not in the fingerprint",
       "[str(self.block_size), *self.checksums]", "self.checksums")
-fault("data.py", READING, "directories of two tokenizers are read as one",
+fault("data.py", "tests/test_runs.py -k two_tokenizers",
+      "directories of two tokenizers are read as one",
       'if meta["tokenizer"] != self.meta["tokenizer"]:', 'if meta["dtype"] != self.meta["dtype"]:')
 fault("data.py", READING, "data that moved here are not found",
       "found.append(elsewhere if os.path.isdir(elsewhere) else directory)",
@@ -262,7 +265,8 @@ fault("train.py", RESUME, "a resumed run reads the data from their start",
       "batches = micro_batches(run, state.windows_read)", "batches = micro_batches(run, 0)")
 fault("train.py", RESUME, "a resumed run has a new optimizer",
       'run.optimizer.load_state_dict(checkpoint["optimizer"])', "pass")
-fault("train.py", RESUME, "a resumed run doesn't restore the random state",
+fault("train.py", "tests/test_runs.py -k random_numbers",
+      "a resumed run doesn't restore the random state",
       'torch.set_rng_state(checkpoint["rng"]["cpu"])', "pass")
 fault("train.py", AGAIN, "an evaluation before a stop is made again on resume",
       "if (it % eval_interval == 0 or finished) and state.evaluated != it:",

@@ -9,6 +9,7 @@ text; the tests that should notice it run until the first one fails. Before that
 pass on the copy without a fault. Rows of mutants.csv whose fault is still in the list are kept and
 not run again: remove a row, or the file, to run it anew.
 """
+import contextlib
 import csv
 import os
 import re
@@ -49,6 +50,12 @@ def copy_project(directory):
             shutil.copy(ROOT / name, target)
 
 
+def end_all(process):
+    """End what is left of a process and of those that it started, as training runs."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 def run_tests(directory, tests):
     """pytest on a copy of the project, to the first failure; TIMEOUT counts as one."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
@@ -61,10 +68,11 @@ def run_tests(directory, tests):
     try:
         output, _ = process.communicate(timeout=TIMEOUT)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # the training runs that tests have started as well
+        end_all(process)
         output, _ = process.communicate()
         return Outcome(1, f"no end in {TIMEOUT} seconds", TIMEOUT, output)
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+    end_all(process)
+    failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", output, re.MULTILINE)
     seconds = time.monotonic() - start
     return Outcome(process.returncode, failed[1] if failed else "", seconds, output)
 
