@@ -1,5 +1,6 @@
 """features.py: what it counts is what the model does, and the site works in a real browser."""
 import json
+import re
 import shutil
 import tempfile
 
@@ -47,16 +48,22 @@ def test_best_contexts_are_the_largest_one_a_window():
         np.testing.assert_array_equal(lists.keys[feature], np.float32([key for key, _ in expected]))
 
 
+def dense_codes(model, windows):
+    """Per layer and level the codes of all features, (windows, T, features)."""
+    layers = []
+    for codes in model.run_with_codes(torch.from_numpy(windows))[1]:
+        layers.append([])
+        for c, level in zip(codes, model.saes()[0].levels):
+            zeros = torch.zeros(*windows.shape, 2**level.n)
+            layers[-1].append(zeros.scatter(-1, c.ids, c.values).numpy())
+    return layers
+
+
 @torch.no_grad()
 def test_counts_contexts_and_neighbours_are_those_of_the_codes(model):
     windows = np.random.default_rng(0).integers(0, 257, (20, 16))
-    readers, _ = features.read(model, windows)
-    levels = model.saes()[0].levels
-    dense = []  # per layer and level (windows, T, features)
-    for codes in model.run_with_codes(torch.from_numpy(windows))[1]:
-        zeros = [torch.zeros(*windows.shape, 2**level.n) for level in levels]
-        dense.append([z.scatter(-1, c.ids, c.values).numpy() for z, c in zip(zeros, codes)])
-    for row, per_level in zip(readers, dense):
+    readers, _ = features.read(model, windows, np.full(257, 5))
+    for row, per_level in zip(readers, dense_codes(model, windows)):
         for reader, codes in zip(row, per_level):
             np.testing.assert_array_equal(reader.counts, (codes != 0).sum((0, 1)))
             np.testing.assert_allclose(reader.sums, codes.sum((0, 1)), rtol=1e-4)
@@ -67,12 +74,43 @@ def test_counts_contexts_and_neighbours_are_those_of_the_codes(model):
                 window, position = divmod(reader.refs[feature, 0], 16)
                 largest = per_window[:, feature].max()
                 assert codes[window, position, feature] == pytest.approx(largest)
-                around = range(position - features.BEFORE, position + features.AFTER + 1)
-                near = [codes[window, p, feature] if 0 <= p < 16 else 0 for p in around]
-                np.testing.assert_allclose(reader.shades[feature, 0].astype(float), near, atol=5e-3)
+                at, shades = reader.shades_of(feature, 0)
+                start, end = reader.start[feature, 0], reader.end[feature, 0]
+                near = codes.reshape(-1, codes.shape[-1])[start:end, feature]
+                np.testing.assert_array_equal(at - start, np.flatnonzero(near))
+                np.testing.assert_allclose(shades, near[near != 0], rtol=1e-5)
                 window, position = divmod(reader.random.refs[feature, 0], 16)
                 other = per_level[1 - reader.level][window, position]
                 assert set(reader.beside[feature, 0]) == set(np.flatnonzero(other))
+                assert reader.random.codes[feature, 0] == pytest.approx(
+                    codes[window, position, feature]
+                )
+                active = codes[..., feature][codes[..., feature] != 0]
+                if len(active) > 1:
+                    expected, _ = np.histogram(active.astype(np.float64), 20)
+                    assert np.abs(reader.histogram[feature] - expected).sum() <= 2  # at edges
+
+
+def test_contexts_have_sixty_characters_where_their_window_does():
+    rng = np.random.default_rng(0)
+    T = 64
+    lengths = rng.choice([0, 1, 1, 2, 9], 5 * T)
+    ends = np.concatenate([[0], np.cumsum(lengths)])
+    refs = np.arange(5 * T)
+    start, end = features.context_bounds(ends, refs, T)
+    window = refs // T * T
+    assert ((start >= window) & (start <= refs) & (end > refs) & (end <= window + T)).all()
+    characters = ends[end] - ends[start]
+    assert (characters >= np.minimum(60, ends[window + T] - ends[window])).all()
+    assert (characters <= 60 + 3 * 9).all(), "the token's own and what those at the ends need"
+
+
+def test_contexts_at_quantiles_are_those_of_the_sorted_codes():
+    codes = np.array([[5.0, 1, 4, 2, 3, 9, 8, 7, 6, 0], [3, 2, 1, 0, 0, 0, 0, 0, 0, 0]])
+    present = np.array([[True] * 10, [True] * 2 + [False] * 8])
+    slots = features.quantile_slots(codes, present)
+    assert codes[0, slots[0]].tolist() == [9, 7, 5, 3, 1]
+    assert sorted(slots[1][slots[1] >= 0].tolist()) == [0, 1], "each once"
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own use in jvp
@@ -81,15 +119,94 @@ def test_logit_effects_are_the_derivative_where_gelu_is_at_its_slopes(model):
     On a single token the mean slopes are that token's: the effect is the derivative through the
     block's MLP.
     """
-    _, slopes = features.read(model, np.array([[65]]))
+    _, slopes = features.read(model, np.array([[65]]), np.ones(257, dtype=int))
     _, codes = model.run_with_codes(torch.tensor([[65]]))
     mlp_input = model.blocks[1].sae.decode(codes[1])[0]
     atom = model.blocks[1].sae.atoms(1, [77])
     written = torch.func.jvp(model.blocks[1].mlp, (mlp_input,), (atom,))[1]
     logits = ((written * model.ln_f.weight) @ model.wte.weight[:257].T)[0]
-    ids, values = features.logit_effects(model, 1, 1, [77], slopes[1], 257)
+    effects = features.first_order(model, 1, 1, [77], slopes[1], 257)
+    ids, values = features.extremes(effects, torch.arange(257))
     np.testing.assert_allclose(values[0], logits[ids[0]].detach(), rtol=1e-3, atol=1e-6)
     assert ids[0, 0] == logits.argmax() and ids[0, -1] == logits.argmin()
+
+
+@torch.no_grad()
+def run_steered(model, idx, layer, window, position, change):
+    """Log-probabilities and each layer's output at a token, with its MLP input changed there."""
+    def steer(module, inputs, output):
+        output = output.clone()
+        output[window, position] += change
+        return output
+
+    after = []
+    hooks = [model.blocks[layer].sae.register_forward_hook(steer)]
+    for block in model.blocks:
+        hooks.append(block.register_forward_hook(lambda module, inputs, out: after.append(out)))
+    logits, _ = model(idx, n_logits=0)
+    for hook in hooks:
+        hook.remove()
+    outputs = torch.stack([x[window, position] for x in after])
+    return logits[window, position, :257].log_softmax(-1), outputs
+
+
+@torch.no_grad()
+def test_measured_effects_are_those_of_the_whole_model(model, monkeypatch):
+    """At all active tokens of some features, one forward of the whole model for each."""
+    monkeypatch.setattr(features, "MEASURED_TOKENS", 10**6)  # all of them
+    monkeypatch.setattr(features, "ROWS", 7)
+    windows = np.random.default_rng(0).integers(0, 257, (11, 16))
+    readers, _ = features.read(model, windows, np.ones(257, dtype=int))
+    features.measure(model, windows, readers, 257)
+    idx = torch.from_numpy(windows)
+    for layer, level, rank in ((0, 1, 0), (1, 0, 3), (0, 0, 20)):
+        reader = readers[layer][level]
+        feature = int(np.argsort(-reader.counts)[rank])
+        codes = dense_codes(model, windows)[layer][level][..., feature]
+        change = reader.sums[feature] / reader.counts[feature]
+        change = change * model.blocks[layer].sae.atoms(level, [feature])[0]
+        change = change.float()
+        changes = []
+        lengths = []
+        for window, position in np.argwhere(codes != 0):
+            old, before = run_steered(model, idx, layer, window, position, 0)
+            new, after = run_steered(model, idx, layer, window, position, change)
+            changes.append(new - old)
+            lengths.append((after - before).norm(dim=-1)[layer:])
+        slot = reader.effects.slots[feature]
+        assert reader.effects.tokens[slot] == len(changes)
+        expected = torch.stack(changes).mean(0)
+        assert expected.abs().max() > 1e-3
+        torch.testing.assert_close(reader.effects.changes[slot], expected, rtol=1e-3, atol=1e-5)
+        expected = torch.stack(lengths).mean(0)
+        torch.testing.assert_close(reader.effects.lengths[slot], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_captions_say_what_contexts_have_in_common():
+    encoding = get_tokenizer("bytes")
+    text = b"return qx;\nqy = 17\nif qz: return\nwhile qv: qu A+B-C*D/E.F,G\n" * 3
+    windows = np.frombuffer(text, dtype=np.uint8).astype(np.int64).reshape(3, -1)
+    candidates, words = features.caption_candidates(windows, encoding)
+    flat = windows.ravel()
+    where = {
+        "token": np.flatnonzero(flat == ord("q")),
+        "after": np.flatnonzero(flat == ord("q")) + 1,
+        "before": np.flatnonzero(flat == ord(":")) - 1,
+        "line": np.flatnonzero(flat == ord("\n"))[[0, 1, 2, 4, 5, 6]] + 2,  # inside a window
+        "word": np.concatenate([i + np.arange(6) for i in np.flatnonzero(flat == ord("r"))[:1]]),
+        "mixed": np.flatnonzero(flat == ord("A"))[0] + np.arange(0, 14, 2),
+    }
+    refs = np.full((7, 20), -1)
+    for row, found in enumerate(where.values()):
+        refs[row, :len(found[:20])] = found[:20]
+    kinds, says, shares = features.captions(refs, candidates)
+    told = [features.CAPTIONS[kind] for kind in kinds[:6]]
+    assert told == ["token", "after", "before", "line", "word", "mixed"]
+    assert (says[0], says[1], says[2]) == (ord("q"), ord("q"), ord(":"))
+    assert says[3] == 1, "second in line"
+    assert words[says[4]] == "return"
+    assert (shares[[0, 1, 2, 3, 4]] == 100).all() and shares[5] < 100 * features.LEAST_SHARE
+    assert kinds[6] == -1, "never active"
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 100])
@@ -111,23 +228,48 @@ def test_a_text_of_any_length_is_read_to_its_end(model, tmp_path, length):
             assert sorted(page[i][1][0]) == sorted(codes[layer][1].ids[0, -1].tolist())
 
 
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("{", "not JSON"),
+        ("[]", "must be an object"),
+        ('{"0.1": "x"}', "'0.1'"),
+        ('{"2.0.0": "x"}', "'2.0.0'"),
+        ('{"0.1.256": "x"}', "'0.1.256'"),
+        ('{"0.1.255": 3}', "0.1.255 is 3"),
+    ],
+)
+def test_labels_by_hand_that_fit_no_feature_are_refused(model, tmp_path, text, words):
+    (tmp_path / "labels.json").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        features.read_labels(tmp_path / "labels.json", model.saes())
+
+
 # -----------------------------------------------------------------------------
 # in a browser, by the WebDriver protocol
+
+TEXT = "def main(): <b>\n    return 'é'"  # é is two tokens of one character
+
 
 @pytest.fixture(scope="module")
 def site(trained, data_dir, tmp_path_factory):
     directory = tmp_path_factory.mktemp("site")
-    (directory / "text.txt").write_text("def main(): <b>\n    return 1")
+    (directory / "text.txt").write_text(TEXT + "left out")
+    (directory / "labels.json").write_text(json.dumps({"1.0.3": "a <b> by hand"}))
     settings = {
         "ckpt": trained / "ckpt.pt",
         "out_dir": directory / "site",
         "tokens": 20000,
         "text": directory / "text.txt",
+        "text_tokens": len(TEXT.encode()),
+        "labels": directory / "labels.json",
+        "n_measured": 16,
         "device": "cpu",
     }
     result = run_script(ROOT / "features.py", *arguments(settings))
     assert result.returncode == 0, result.stderr
     assert "counting: 100%" in result.stderr and not (directory / "site.partial").exists()
+    assert f"its first {len(TEXT.encode())} of {len(TEXT.encode()) + 8} tokens" in result.stdout
     return directory / "site"
 
 
@@ -160,33 +302,97 @@ def test_the_site_in_a_browser(browser, site):
     browser.run(f"document.querySelector('tr[data-id=\"{most}\"] a').focus()")
     browser.press("\ue007")  # Enter
     assert browser.wait(f"document.querySelector('h1').innerText == 'Feature 1.1.{most}'")
-    n_contexts = features.n_top + features.SHOWN_RANDOM
+    n_contexts = features.n_top + len(features.QUANTILES)
     assert browser.run("document.querySelectorAll('.context').length") == n_contexts
     assert browser.run("document.querySelectorAll('.context u').length") == n_contexts
     shaded = browser.run("document.querySelectorAll('.context [style]').length")
-    assert shaded >= features.n_top
+    assert shaded >= features.n_top, "tokens are shaded"
     assert browser.run("document.querySelectorAll('section').length") == 3
+    assert "measured" in browser.run("document.querySelector('section').innerText")
     links = browser.run("[...document.querySelectorAll('main a')].map(a => a.hash)")
     assert f"#/1/0/{most >> 3}" in links, "its parent's page"
-    fits = "document.documentElement.scrollWidth <= innerWidth"
-    assert browser.run(fits), "a phone's width is enough"
     browser.press("\ue00c")  # Escape
     assert browser.wait("document.querySelector('h1').innerText == 'Layer 1, level 1'")
 
-    browser.run("location.hash = '#/text'")
-    text = "def main(): <b>\n    return 1"
-    assert browser.wait("document.querySelectorAll('.tokens button').length") == len(text)
+    browser.run("location.hash = '#/9/9'")
+    told = "document.querySelector('main').innerText.includes('no feature')"
+    assert "layers 0 to 1" in browser.wait(f"{told} && document.body.innerText")
+    assert browser.errors() == []
+
+
+def test_the_page_of_a_text(browser, site):
+    browser.go(f"file://{site}/index.html#/text")
+    pieces = "document.querySelectorAll('.tokens [role=button]')"
+    assert browser.wait(f"{pieces}.length") == len(TEXT), "bytes of one character are together"
     shown = browser.run("document.querySelector('.tokens').textContent")
-    assert shown == text, "text is never HTML"
+    assert shown == TEXT, "text is never HTML"
+    assert "the other 8 are left out" in browser.run("document.body.innerText")
     features_shown = "document.querySelectorAll('.tree li').length"
     assert browser.run(features_shown) == 4 + 6, "all active features of the token, once each"
     browser.press("\ue014")  # to the right
     assert browser.wait("location.hash == '#/text/0/1'")
     assert browser.wait(features_shown) == 4 + 6
 
-    browser.run("location.hash = '#/9/9'")
-    told = "document.querySelector('main').innerText.includes('no feature')"
-    assert "layers 0 to 1" in browser.wait(f"{told} && document.body.innerText")
+    browser.run("document.querySelector('.node button').click()")
+    browser.wait("location.hash.split('/').length == 5 && document.querySelector('.note')")
+    key = browser.run("location.hash.split('/')[4]")
+    codes = json.loads((site / "data/text/0.js").read_text()[len('loaded("text/0",'):-1])
+    where = [key in {f"0.0.{i}" for i in token[0][0]} for token in codes]
+    note = browser.run("document.querySelector('.note').innerText")
+    assert f"fires at {sum(where)} of {len(where)} tokens" in note
+    marked = browser.run(f"[...{pieces}].map(piece => piece.style.background != '')")
+    assert marked[:len(TEXT) - 2] == where[:len(TEXT) - 2]
+    browser.run("document.querySelectorAll('.chips a')[1].click()")
+    both = "document.querySelectorAll('.columns h2').length == 2"
+    assert browser.wait(f"{both} && {features_shown}") == 2 * (4 + 6)
+    assert browser.errors() == []
+
+
+def test_the_front_page_finds_features_by_caption_token_and_label(browser, site):
+    table = (site / "data/0/1/table.js").read_text()
+    table = json.loads(table.removeprefix('loaded("0/1/table",').removesuffix(")"))
+    browser.go(f"file://{site}/index.html")
+    assert browser.wait("document.querySelectorAll('.cards dt').length") == 10
+    assert browser.run("document.querySelectorAll('.bars').length") == 2, "a histogram a level"
+    browser.press("/")
+    for key in "by hand":
+        browser.press(key)
+    results = "[...document.querySelectorAll('tbody tr td a')].map(a => a.hash)"
+    assert browser.wait(f"document.querySelector('#found') && {results}") == ["#/1/0/3"]
+    assert browser.run("document.querySelector('.byhand').innerText") == "a <b> by hand"
+
+    kinds = np.array(table["kind"])
+    says = np.array(table["says"])
+    letter = next(i for i in says[kinds == 1] if chr(i).isalpha())
+    same = np.flatnonzero((kinds == 1) & np.isin(says, [letter, letter ^ 32]))  # and its capital
+    browser.run(f"location.hash = '#/search/after%20{chr(letter)}'")
+    asked = f"document.title == 'Search: after {chr(letter)}'"
+    found = browser.wait(f"{asked} && {results}.length && {results}")
+    assert {link for link in found if link.startswith("#/0/1/")} == {f"#/0/1/{i}" for i in same}
+    browser.run("location.hash = '#/random'")
+    browser.wait("/^#.[01].[01].[0-9]+$/.test(location.hash)")
+    browser.wait("document.querySelector('h1').innerText.startsWith('Feature')")
+    context = "document.querySelector('.context')"
+    text = browser.run(f"{context}.querySelector('u').innerText")
+    browser.run(f"{context}.click()")
+    browser.wait("document.querySelector('h1').innerText.startsWith('Window')")
+    assert browser.run("document.querySelector('mark').innerText") in (text, "\n")
+    assert browser.errors() == []
+
+
+def test_every_page_fits_a_phone_in_the_dark(browser, site):
+    browser.emulate("dark", (360, 700))
+    for page in ("#/", "#/1/1", "#/1/1/37", "#/text/0+1/20/0.0.3", "#/search/e", "#/data/1/20"):
+        browser.go("about:blank")
+        browser.go(f"file://{site}/index.html{page}")
+        done = "!document.querySelector('main').innerText.includes(' …')"
+        browser.wait(f"document.querySelector('h1') && {done}")
+        fits = "document.documentElement.scrollWidth <= innerWidth"
+        assert browser.run(fits), f"{page}: a phone's width is enough"
+        back = browser.run("getComputedStyle(document.body).backgroundColor")
+        assert back == "rgb(20, 23, 27)", "dark where the system is"
+        keys = "[...document.querySelectorAll('.keys')].map(keys => getComputedStyle(keys).display)"
+        assert set(browser.run(keys)) <= {"none"}, "no keys where there is no keyboard"
     assert browser.errors() == []
 
 
