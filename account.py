@@ -278,9 +278,9 @@ def show_plan(settings, rates):
     print(f"arithmetic: {flops_per_token(config) * iterations * tokens:.3g} FLOPs")
     for it, (muon_rate, adamw_rate) in sorted(rates.items()):
         print(f"iteration {it:,}: learning rates {muon_rate:.3g} (Muon), {adamw_rate:.3g} (AdamW)")
-    print(f"memory of one of {ranks} ranks in bf16, on paper (torchrun sets the number):")
+    print(f"memory of one of {ranks} GPUs in bf16, on paper (torchrun sets their number):")
     for name, size in memory_account(config, batch_size, ranks, compiled=compiled).items():
-        print(f"  {name:26} {size / 1e9:8.2f} GB")
+        print(f"  {name:26} {size / 1e6:12,.1f} MB")
     for card in CARDS:
         fits = largest_batch(config, card * 1e9, ranks, compiled)
         print(f"  a card of {card} GB holds batch_size up to {fits}")

@@ -594,6 +594,15 @@ def check_same_batches(checkpoint, train_windows):
         )
 
 
+def changed_settings(before, now):
+    """", with max_iters=30 (was 20)", of the settings that both have and that differ, or ""."""
+    changes = []
+    for key in sorted(before.keys() & now.keys() - {"init_from", "resume_anyway"}):
+        if before[key] != now[key]:
+            changes.append(f"{key}={now[key]!r} (was {before[key]!r})")
+    return ", with " + ", ".join(changes) if changes else ""
+
+
 def resume(run, state):
     """Restore what save has saved."""
     checkpoint = load_last(run.config, run.train_windows)
@@ -605,6 +614,9 @@ def resume(run, state):
         raise ValueError(f"{out_path('last.pt')}: it doesn't fit this model ({reason})") from None
     for field in fields(state):
         setattr(state, field.name, checkpoint.get(field.name, field.default))
+    if run.ranks.master:
+        print(f"goes on from {out_path('last.pt')} after {state.iter} iterations"
+              + changed_settings(checkpoint["config"], run.config))
     torch.set_rng_state(checkpoint["rng"]["cpu"])
     if run.ranks.device.type == "cuda" and checkpoint["rng"]["cuda"] is not None:
         torch.cuda.set_rng_state(checkpoint["rng"]["cuda"])

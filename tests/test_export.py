@@ -228,7 +228,7 @@ def test_the_card_has_the_runs_numbers_and_says_what_is_missing(trained, exporte
     val_loss = float(log_rows(trained, "val_loss")[20])
     assert f"| val loss, nats a token | {val_loss:.4g} |" in card
     assert "| tokens | 10,240 |" in card and "| iteration of these weights | 20 of 20 |" in card
-    assert "| 1 | 256 | 6 | 16 |" in card and "| hardware | not measured |" in card
+    assert "| 1 | 256 | 6 | 16 |" in card and "| hardware | 1 x " in card
     assert "HellaSwag, acc_norm | not measured" in card and "--max_iters=20" in card
     shutil.copytree(trained, tmp_path / "run")
     (tmp_path / "run" / "evals.json").write_text(json.dumps({
