@@ -275,8 +275,14 @@ def neuronpedia_feature(index, reader, windows, words, logit_ids, logit_values):
     activations = []
     for slot in range(features.n_top):
         if reader.refs[index, slot] >= 0:
-            _, ids, codes, _ = features.context(reader, index, slot, windows)
-            activations.append({"tokens": [words[i] for i in ids], "values": codes})
+            window, _, start, end, shades, _ = features.context(
+                reader, index, slot, windows.shape[1]
+            )
+            codes = [0.0] * (end - start)
+            for token, code in zip(shades[::2], shades[1::2]):
+                codes[token - start] = code
+            tokens = [words[i] for i in windows[window, start:end]]
+            activations.append({"tokens": tokens, "values": codes})
     half = len(logits) // 2
     return {
         "index": int(index),
@@ -295,8 +301,10 @@ def export_neuronpedia(model, checkpoint, directory):
     split = run_windows(config, "train", data_dir)
     n_windows = max(1, min(tokens // model.config.block_size, len(split)))
     windows = split.shuffled(0, n_windows, seed=0)[:, :-1]
-    words = features.vocabulary(get_tokenizer(config["tokenizer"]))
-    readers, slopes = features.read(model, windows)
+    encoding = get_tokenizer(config["tokenizer"])
+    words = [word.decode("utf-8", errors="replace") for word in features.token_words(encoding)]
+    readers, slopes = features.read(model, windows, features.character_counts(encoding))
+    every_token = torch.arange(len(words))
     left_out = 0
     for layer, of_layer in enumerate(readers):
         for level, reader in enumerate(of_layer):
@@ -306,11 +314,12 @@ def export_neuronpedia(model, checkpoint, directory):
             left_out += reader.size - len(active)
             for first in range(0, len(active), BATCH):
                 ids = active[first:first + BATCH]
-                effects = features.logit_effects(
+                effects = features.first_order(
                     model, layer, level, ids, slopes[layer], len(words)
                 )
+                logits = features.extremes(effects, every_token)
                 batch = [neuronpedia_feature(index, reader, windows, words, *of_feature)
-                         for index, *of_feature in zip(ids, *effects)]
+                         for index, *of_feature in zip(ids, *logits)]
                 path = os.path.join(directory, source, f"batch-{first // BATCH}.json")
                 name = os.path.basename(os.path.abspath(out_dir)).lower()
                 body = {"modelId": name, "source": source, "features": batch}
