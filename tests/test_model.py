@@ -217,6 +217,17 @@ def test_each_matrix_of_a_batch_is_orthogonalized_by_its_own_norm():
         torch.testing.assert_close(matrix, orthogonalize(alone), atol=0.02, rtol=0)
 
 
+def test_each_rank_loads_its_own_share(monkeypatch):
+    stored = [torch.full((8, 4), float(i)) for i in range(5)]
+    for rank, expected in enumerate([[0, 1], [2, 3], [4]]):
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+        optimizer = Muon([torch.nn.Parameter(torch.zeros(8, 4)) for _ in stored], lr=0.1)
+        optimizer.load_state_dict({"momentum": stored})
+        assert optimizer.momentum[8, 4][:, 0, 0].tolist() == expected
+
+
 # -----------------------------------------------------------------------------
 # the schedule
 

@@ -181,7 +181,7 @@ fault("muon.py", THREE_RANKS, "a share that isn't full is gathered from the wron
 fault("muon.py", RESUME_RANKS, "a checkpoint has the first rank's momentum alone",
       "momentum, communication = self._gather(self.momentum[shape], matrices)",
       "momentum, communication = self.momentum[shape], None")
-fault("muon.py", "tests/test_reliability.py -k 'killed_runs and 2'",
+fault("muon.py", "tests/test_model.py -k own_share",
       "every rank loads the first rank's share",
       "zip(self.momentum[shape], self._share(matrices))", "zip(self.momentum[shape], matrices)")
 fault("muon.py", MODEL, "the embedding is Muon's",
