@@ -573,7 +573,8 @@ def measure_level(model, reader, base, generator):
     device = base.kv.device
     ids = base.codes[reader.layer][reader.level].ids  # (B, T, k)
     slots = effects.slots[ids]
-    chance = torch.from_numpy(MEASURED_TOKENS / reader.counts[effects.features].clip(1)).to(device)
+    chance = MEASURED_TOKENS / reader.counts[effects.features]
+    chance = torch.from_numpy(chance).float().to(device)
     drawn = torch.rand(ids.shape, generator=generator, device=device) < chance[slots.clamp_min(0)]
     where = torch.nonzero(drawn & (slots >= 0))  # (R, 3), ascending
     steer = torch.from_numpy(reader.steer).float().to(device)
@@ -600,6 +601,8 @@ def measure(model, windows, readers, n_vocab):
             features = np.sort(features[reader.counts[features] > 0])
             n_layers = len(readers) - reader.layer
             reader.effects = Effects(features, reader.size, n_layers, n_vocab, device)
+    if n_measured == 0:
+        return
     generator = torch.Generator(device).manual_seed(0)
     for _, batch in batches(windows, "measuring"):
         base = forward(model, torch.from_numpy(batch).to(device))
@@ -772,10 +775,13 @@ def write_chunk(directory, model, reader, reading, features, table):
     n_vocab = reader.effects.changes.shape[1]
     slopes = reading.slopes[reader.layer]
     estimates = first_order(model, reader.layer, reader.level, features, slopes, n_vocab)
-    steer = torch.from_numpy(reader.steer[features]).to(estimates)
+    steer = torch.from_numpy(reader.steer[features]).float().to(estimates.device)
     estimates = estimates * steer[:, None]
-    slots = reader.effects.slots[torch.from_numpy(features)].tolist()
-    correlation = correlations(reader.effects.changes[slots], estimates)
+    slots = reader.effects.slots.cpu().numpy()[features]
+    measured = np.flatnonzero(slots >= 0)
+    correlation = np.zeros(len(features))
+    changes = reader.effects.changes[slots[measured]]
+    correlation[measured] = correlations(changes, estimates[measured])
     pages = []
     told = extremes(estimates, reading.among)
     for row, (feature, ids, values) in enumerate(zip(features, *told)):
@@ -799,7 +805,7 @@ def write_chunk(directory, model, reader, reading, features, table):
         table["raises"].append([i for i, by in zip(best["ids"][:3], best["by"]) if by > 0])
         pages.append(page)
     save(directory, f"{reader.layer}/{reader.level}/{features[0] // CHUNK}", pages)
-    return correlation[np.array(slots) >= 0]
+    return correlation[measured]
 
 
 def write_level(directory, model, reader, reading):
@@ -839,7 +845,7 @@ def level_summary(reader, n_tokens, correlation):
     decades = np.log10(np.maximum(frequency[frequency > 0], 1e-6))
     halves, _ = np.histogram(decades, bins=np.linspace(-6, 0, 13))  # half decades
     lengths = reader.effects.lengths
-    reach = (lengths / lengths[:, :1].clamp_min(1e-12)).mean(0)
+    reach = (lengths / lengths[:, :1].clamp_min(1e-12)).mean(0) if len(lengths) else []
     return {
         "dead": int((reader.counts == 0).sum()),
         "rare": int((frequency < RARE).sum()) if n_tokens > 1 / RARE else None,

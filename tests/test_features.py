@@ -396,6 +396,16 @@ def test_every_page_fits_a_phone_in_the_dark(browser, site):
     assert browser.errors() == []
 
 
+def test_a_site_without_measured_effects(trained, tmp_path):
+    settings = {"ckpt": trained, "out_dir": tmp_path / "site", "tokens": 640, "n_measured": 0}
+    result = run_script(ROOT / "features.py", *arguments(settings), "--device=cpu")
+    assert result.returncode == 0, result.stderr
+    text = (tmp_path / "site/data/site.js").read_text()
+    summary = json.loads(text[len('loaded("site",'):-1])["summary"]
+    assert {row["measured"] for layer in summary for row in layer} == {0}
+    assert {row["correlation"] for layer in summary for row in layer} == {None}
+
+
 def test_an_existing_site_stays(trained, site):
     before = (site / "index.html").stat().st_mtime_ns
     command = [ROOT / "features.py", f"--ckpt={trained / 'ckpt.pt'}", f"--out_dir={site}"]
