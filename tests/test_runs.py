@@ -216,7 +216,7 @@ def test_a_second_signal_ends_at_once(data_dir, tmp_path):
 
 def test_a_signal_ends_final_evals_and_keeps_the_run(data_dir, tmp_path):
     text = tmp_path / "text.txt"
-    text.write_text("words and words\n" * 100_000)
+    text.write_text("words and words\n" * 300_000)
     settings = dict(final_evals=True, final_evals_args=f"--ppl={text}", max_iters=2)
     process = start(data_dir, tmp_path / "run", **settings)
     wait_for(process, "iter 2: val loss")
