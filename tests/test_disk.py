@@ -20,6 +20,7 @@ from conftest import ENVIRONMENT, log_rows, make_data, run_training, train_comma
 
 import configurator
 import data
+import train
 
 DISK_BYTES = 8 * 2**20  # some ten checkpoints of TINY
 SETTINGS = dict(max_iters=120, eval_interval=20, eval_iters=1, save_patience=1.0)
@@ -159,6 +160,22 @@ def test_a_limit_of_file_sizes_leaves_the_old_checkpoint_and_the_training(data_d
     assert "last.pt could not be written (File too large)" in result.stderr
     assert result.stderr.count("\n") == 1
     assert (out_dir / "last.pt").read_bytes() == before
+
+
+def test_rows_are_appended_whole_or_not_at_all(tmp_path):
+    """A file that may have 10 bytes, as a disk with room for the first 3 of the row."""
+    path = tmp_path / "log.csv"
+    path.write_bytes(b"header\n")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            train.append(path, b"1,2,3,4\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == b"header\n"
+    train.append(path, b"1,2,3,4\n")
+    assert path.read_bytes() == b"header\n1,2,3,4\n"
 
 
 def test_an_atomic_file_leaves_nothing_on_a_full_disk(disk):

@@ -405,6 +405,7 @@ def test_a_gradient_that_is_not_finite_stops_its_own_iteration(data_dir, tmp_pat
     )
     assert result.returncode == 1
     assert "iteration 0: loss 5." in result.stderr and "gradient norm nan" in result.stderr
+    assert "first in the gradient of wte.weight; the weights are as before it" in result.stderr
 
 
 def test_ckpt_pt_is_of_the_best_val_loss(data_dir, tmp_path):

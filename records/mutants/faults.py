@@ -314,7 +314,7 @@ fault("train.py", FILES, "dead features are those since the start of the run",
       "sae.active_counts.zero_()", "pass")
 fault("train.py", "tests/test_runs.py -k own_iteration", "a gradient may be infinite",
       "if not math.isfinite(loss_mean + grad_norm):", "if not math.isfinite(loss_mean):")
-fault("train.py", "tests/test_train.py -k non_finite", "the check comes after the weights' step",
+fault("train.py", "tests/test_runs.py -k own_iteration", "the check comes after the weights' step",
       "        if not math.isfinite(loss_mean + grad_norm):\n"
       "            report_nonfinite(run, state, loss_mean, grad_norm)\n\n"
       "        run.optimizer.step()\n",
@@ -341,7 +341,7 @@ fault("train.py", DISK, "the last checkpoint is tried once",
       "if time.monotonic() >= deadline:", "if True:")
 fault("train.py", DISK, "a last checkpoint that failed is no error",
       "save(run, state, best=best, last=state.iter >= state.end)", "save(run, state, best=best)")
-fault("train.py", DISK, "half a row stays on a full disk",
+fault("train.py", "tests/test_disk.py -k whole_or_not", "half a row stays on a full disk",
       "file.truncate(size)", "pass")
 fault("train.py", "tests/test_runs.py -k 'long_evaluation and 1'",
       "a signal is not looked at in an evaluation",
