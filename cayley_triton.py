@@ -29,6 +29,7 @@ from cayley import labels
 
 SCRATCH_BYTES = 2**29  # select takes at most about so many bytes of tokens at a time
 GROUP = 8  # features that share one entry in the first search
+MOST_REGISTERS = 255  # that a thread may have
 
 # -----------------------------------------------------------------------------
 # select, first kernel of a level: the products
@@ -409,6 +410,11 @@ class Launch(NamedTuple):
     tokens: int  # a program
     warps: int  # a program
     stages: int = 1  # of loads in flight in a loop of products
+    maxnreg: int | None = None  # registers a thread, at most
+
+    def options(self):
+        """Of Triton's compiler."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.maxnreg}
 
 
 def _top_launch(t, k):
@@ -446,8 +452,10 @@ def _block_launch(t, n, m, k, slots, dtype):
         "inv_sqrt_d": 2 ** (-t / 2),
         "group": _group(slots, m, k, 2**chirp),
     }
-    # 3 stages, Triton's default, leave one block a multiprocessor on sm_120; 1 spills
-    return Launch(block_products, constants, tokens, 8 if size > 8192 else 4, 2)
+    # 3 stages, Triton's default, leave one block a multiprocessor on sm_120; 1 spills. Without
+    # maxnreg ptxas may spill to make room for a third block: Triton 3.8's does, on sm_100
+    warps = 8 if size > 8192 else 4
+    return Launch(block_products, constants, tokens, warps, 2, MOST_REGISTERS)
 
 
 def _pick_launch(m, k, slots, group, columns, column, next_shift):
@@ -570,12 +578,10 @@ def _select_chunk(x, scale, offset, plan, launches, scratch, ids, values):
             )
             arguments = (x, blocks, level_scale, level_offset, *tables, *results, N)
         grid = (triton.cdiv(N, first.tokens),)
-        first.kernel[grid](
-            *arguments, num_warps=first.warps, num_stages=first.stages, **first.constants
-        )
+        first.kernel[grid](*arguments, **first.options(), **first.constants)
         next_blocks = x.new_empty((N, k), dtype=torch.int32)
         arguments = (*results, blocks, level_scale, level_offset, ids, values, next_blocks, work)
-        picks.kernel[(N,)](*arguments, num_warps=picks.warps, **picks.constants)
+        picks.kernel[(N,)](*arguments, **picks.options(), **picks.constants)
 
 
 def combine(ids, weights, t, n):

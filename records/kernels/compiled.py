@@ -121,8 +121,7 @@ def compiled(launch, capability):
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=launch.constants, attrs=attributes)
     target = GPUTarget("cuda", capability, 32)
-    options = {"num_warps": launch.warps, "num_stages": launch.stages}
-    return triton.compile(source, target=target, options=options)
+    return triton.compile(source, target=target, options=launch.options())
 
 
 def cuobjdump(binary, flag):
