@@ -13,6 +13,7 @@ import contextlib
 import functools
 import importlib.util
 import math
+import operator
 import warnings
 from typing import NamedTuple
 
@@ -152,8 +153,8 @@ def parse_levels(text):
     levels = []
     for part in text.split(";") if isinstance(text, str) else text:
         try:
-            numbers = part.split(",") if isinstance(part, str) else part
-            levels.append(Level(*map(int, numbers)))
+            numbers = map(int, part.split(",")) if isinstance(part, str) else part
+            levels.append(Level(*map(operator.index, numbers)))
         except (ValueError, TypeError):
             raise ValueError(
                 f"level {part!r} of {text!r}: write three integers n,k,delta a level and ';' "
@@ -683,6 +684,8 @@ class CayleySAE(nn.Module):
     score_standardize: select by (raw - mean) / std + bias, with running statistics; otherwise by
         raw + bias.
     forward_standardized: the code is that score; otherwise raw + bias.
+    dense_gradient: weight with which the output's gradient also goes straight to x, in training;
+        through the codes alone it has the active atoms' directions only. The forward is the same.
 
     The biases are the only parameters: bias (F,), a slice of level_slices per level. Buffers of
     that layout: mean and var of raw, and active_counts, activations since it was last zeroed. Call
@@ -704,6 +707,7 @@ class CayleySAE(nn.Module):
         per_parent_budget=True,
         score_standardize=True,
         forward_standardized=True,
+        dense_gradient=0.0,
     ):
         super().__init__()
         self.levels = parse_levels(levels)
@@ -713,6 +717,7 @@ class CayleySAE(nn.Module):
         self.n = self.levels[-1].n
         self.score_standardize = score_standardize
         self.forward_standardized = forward_standardized
+        self.dense_gradient = dense_gradient
         self.edits = []
         self.record = None
         self.forwards = 0  # in training, since update_stats()
@@ -789,7 +794,7 @@ class CayleySAE(nn.Module):
         return codes
 
     def decode(self, codes):
-        """Codes per level, of any number of features, -> the sum of values * atoms, (..., d)."""
+        """Codes per level, of one or more features, -> the sum of values * atoms, (..., d)."""
         ids = _deepest([c.ids for c in codes], [level.n for level in self.levels])  # (..., K)
         values = torch.cat([c.values for c in codes], -1) * 2 ** (-self.t / 2)
         values = values.to(_autocast_dtype(values.device) or self.bias.dtype)
@@ -802,23 +807,36 @@ class CayleySAE(nn.Module):
         codes = self.edit(self.encode(x), self.edits)
         if self.record is not None:
             self.record.append(Record(x, codes))
-        return self.decode(codes)
+        out = self.decode(codes)
+        if self.training and self.dense_gradient:
+            out = out + self.dense_gradient * (x - x.detach()).to(out.dtype)  # plus 0
+        return out
 
     def edit(self, codes, edits):
         """
         Codes with the edits made at every token.
 
         What is active elsewhere stays as it is: since decode is linear, an edit is one more entry
-        with the difference.
+        with the difference. Raises ValueError for a feature that isn't there.
         """
         codes = list(codes)
         for level, feature, keep, add in edits:
+            self._check_feature(level, feature)
             ids, values = codes[level]
             old = values.masked_fill(ids != feature, 0).sum(-1, keepdim=True)  # (..., 1)
             change = (keep - 1) * old + add
             entry = torch.full_like(ids[..., :1], feature)
             codes[level] = Codes(torch.cat([ids, entry], -1), torch.cat([values, change], -1))
         return codes
+
+    def _check_feature(self, level, feature):
+        """Raise ValueError unless a level has this feature."""
+        n_levels = len(self.levels)
+        if not 0 <= level < n_levels or not 0 <= feature < 2 ** self.levels[level].n:
+            raise ValueError(
+                f"level {level}, feature {feature}: of the levels 0 to {n_levels - 1} level i has "
+                f"2^n features from 0, n = {', '.join(str(level.n) for level in self.levels)}"
+            )
 
     def atoms(self, level, ids):
         """Unit-norm atoms of features of a level, a tensor or list of m ids -> (m, n_embd)."""
@@ -900,8 +918,9 @@ class CayleySAE(nn.Module):
 
     def _apply(self, fn, recurse=True):
         """Statistics stay in float32 at least: sums of squares overflow a .half() model."""
+        before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, buffer in self._buffers.items():
             if buffer.is_floating_point() and buffer.itemsize < 4:
-                self._buffers[name] = buffer.float()
+                self._buffers[name] = before[name].to(buffer.device)
         return self

@@ -100,7 +100,7 @@ def _read_config(path, settings):
     try:
         with open(path, encoding="utf-8") as file:
             exec(compile(file.read(), path, "exec"), namespace)
-    except Exception as error:  # it is the user's program, and may raise anything
+    except (Exception, SystemExit) as error:  # it is the user's program, and may raise anything
         fail(f"{where}: {type(error).__name__}: {error}")
     assigned = {}
     for key, value in namespace.items():

@@ -35,9 +35,11 @@ def atomic(path, mode="w"):
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.remove(partial)
+        if isinstance(error, OSError) and error.filename is None:  # a write has no name to tell
+            raise OSError(error.errno, error.strerror, path) from error
         raise
     directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
     os.fsync(directory)  # the renaming itself survives a power failure
@@ -60,19 +62,33 @@ def new_directory(path):
     """
     A directory to fill, which is at path when it is whole, and gone if that fails.
 
-    Raises ValueError if path is there.
+    Until then it is path.partial, with a mark in it by which a killed run's is known. Raises
+    ValueError if path is there, or if path.partial is another process' or not such a directory.
     """
+    if not path.strip("/"):
+        raise ValueError(f"out_dir={path!r}: must name a new directory")
     if os.path.exists(path):
         raise ValueError(f"{path} is there already: choose another --out_dir, or remove it")
     partial = path.rstrip("/") + ".partial"
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    os.makedirs(partial)
-    try:
-        yield partial
-        os.rename(partial, path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    mark = os.path.join(partial, ".unfinished")
+    if os.path.exists(partial) and os.listdir(partial) and not os.path.exists(mark):
+        raise ValueError(f"{partial} is in the way: choose another --out_dir, or remove it")
+    with lock(partial):
+        for name in os.listdir(partial):
+            entry = os.path.join(partial, name)
+            if os.path.isdir(entry):
+                shutil.rmtree(entry)
+            elif entry != mark:
+                os.remove(entry)
+        try:
+            with open(mark, "w"):
+                pass
+            yield partial
+            os.remove(mark)
+            os.rename(partial, path)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
 
 
 @contextlib.contextmanager
@@ -82,6 +98,8 @@ def lock(directory):
 
     Raises ValueError if another process holds it.
     """
+    if not directory:
+        raise ValueError("out_dir='': must name a directory")
     os.makedirs(directory, exist_ok=True)
     held = os.open(directory, os.O_RDONLY)  # the directory itself: no lock file stays behind
     try:
@@ -102,12 +120,12 @@ def lock(directory):
 # -----------------------------------------------------------------------------
 # text files
 
-def read_lines(path, on_error="refuse"):
+def read_lines(path, on_error=None):
     """
     Yield the lines of a UTF-8 file, their ends as they are (CR LF stays), no byte order mark.
 
-    on_error: a line that is not UTF-8 raises a ValueError that names it ("refuse"), or is named on
-    standard error and has U+FFFD there ("replace").
+    on_error: a line that is not UTF-8 raises a ValueError that names it (None, or "refuse" where
+    the user may choose), or is named on standard error and has U+FFFD there ("replace").
     """
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -118,19 +136,19 @@ def read_lines(path, on_error="refuse"):
             except UnicodeDecodeError as error:
                 byte = f"byte {error.start} is 0x{line[error.start]:02x}"
                 message = f"{path}, line {number}: invalid UTF-8 ({byte})"
-                if on_error == "refuse":
-                    fix = "convert the file to UTF-8 (or prepare it with --on_error=replace)"
+                if on_error != "replace":
+                    fix = "convert the file to UTF-8" + " (or --on_error=replace)" * bool(on_error)
                     raise ValueError(f"{message}: {fix}") from None
                 print(f"{message}, replaced", file=sys.stderr)
                 yield line.decode(errors="replace")
 
 
-def read_text(path, on_error="refuse"):
+def read_text(path, on_error=None):
     """The text of a UTF-8 file as read_lines has it. Raises ValueError as it does."""
     return "".join(read_lines(path, on_error))
 
 
-def read_json_lines(path, on_error="refuse", start=0):
+def read_json_lines(path, on_error=None, start=0):
     """
     Yield the values of a .jsonl file, one a line that isn't blank, from number start on.
 
@@ -143,7 +161,7 @@ def read_json_lines(path, on_error="refuse", start=0):
         if value >= start:
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise ValueError(f"{path}, line {number}: not JSON") from None
             yield row
         value += 1
@@ -151,6 +169,9 @@ def read_json_lines(path, on_error="refuse", start=0):
 
 # -----------------------------------------------------------------------------
 # tokenizers and meta.json
+
+TOKENIZERS = ("gpt2", "bytes")
+
 
 def get_tokenizer(name):
     """
@@ -193,15 +214,17 @@ def read_meta(data_dir):
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} can't be read: {error}") from None
     kinds = {"tokenizer": str, "vocab_size": int, "dtype": str, "complete": bool, "shards": list}
-    _check_fields(path, meta, kinds)
+    check_fields(path, meta, kinds)
     for number, shard in enumerate(meta["shards"]):
-        _check_fields(f"{path}, shard {number}", shard, {"file": str, "split": str, "tokens": int})
+        check_fields(f"{path}, shard {number}", shard, {"file": str, "split": str, "tokens": int})
+    if meta["tokenizer"] not in TOKENIZERS:
+        raise ValueError(f"{path}: tokenizer={meta['tokenizer']!r}: must be 'gpt2' or 'bytes'")
     if meta["dtype"] != "uint16":
         raise ValueError(f"{path}: dtype is {meta['dtype']!r}, only 'uint16' bins can be read")
     return meta
 
 
-def _check_fields(name, value, kinds):
+def check_fields(name, value, kinds):
     """Raise ValueError unless value is a dict with keys of certain types."""
     if not isinstance(value, dict):
         raise ValueError(f"{name}: {str(value)[:40]} is not what prepare_fineweb.py writes")
@@ -284,10 +307,11 @@ class Windows:
         size = os.path.getsize(path) if os.path.exists(path) else None
         if size != expected:
             found = "is missing" if size is None else f"has {size} bytes"
-            raise ValueError(f"{path} {found}, meta.json says {expected}: prepare it again")
+            raise ValueError(f"{path} {found}, meta.json says {expected}: bring the file back, or "
+                             f"remove {directory} and prepare it anew")
         self.files.append(os.open(path, os.O_RDONLY))
         self.paths.append(path)
-        self.checksums.append(shard.get("sha256", ""))
+        self.checksums.append(shard.get("sha256") or "")
 
     @property
     def fingerprint(self):

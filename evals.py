@@ -539,9 +539,9 @@ def load_tasks(encoding, block_size):
     Read at once, so that what is missing is reported before anything runs. Raises ValueError naming
     a setting that makes no sense, a file that is missing, or a row that can't be scored.
     """
-    if batch_size < 1 or n_windows < 2 or limit < 0:
-        raise ValueError(f"batch_size={batch_size} must be at least 1, n_windows={n_windows} at "
-                         f"least 2 and limit={limit} not negative")
+    for key, least in {"batch_size": 1, "n_windows": 2, "limit": 0}.items():
+        if globals()[key] < least:
+            raise ValueError(f"{key}={globals()[key]}: must be at least {least}")
     for path in (ppl, hellaswag, lambada):
         if path and path != "hub" and not os.path.isfile(path):
             raise ValueError(f"{path}: no such file")

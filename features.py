@@ -675,12 +675,12 @@ def read_labels(path, saes):
         found = json.loads(read_text(path))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(found, dict):
         raise ValueError(f'{path}: must be an object, {{"layer.level.feature": "text"}}')
     for key, label in found.items():
-        match = re.fullmatch(r"(\d+)\.(\d+)\.(\d+)", key)
+        match = re.fullmatch(r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)", key)
         layer, level, feature = map(int, match.groups()) if match else (len(saes), 0, 0)
         inside = layer < len(saes) and level < len(saes[layer].levels)
         if not inside or feature >= 2 ** saes[layer].levels[level].n:
@@ -957,6 +957,8 @@ def check_settings():
     for path in (text, labels):
         if path and not os.path.isfile(path):
             raise ValueError(f"{path}: no such file")
+        if path and not os.path.getsize(path):
+            raise ValueError(f"{path}: there is nothing in it")
 
 
 def choose_windows(source):

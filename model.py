@@ -30,6 +30,7 @@ class GPTConfig:
     per_parent_budget: bool = True
     score_standardize: bool = True
     forward_standardized: bool = True
+    dense_gradient: float = 0.0
 
     def __post_init__(self):
         for field in fields(self):
@@ -116,6 +117,7 @@ class Block(nn.Module):
                 config.per_parent_budget,
                 config.score_standardize,
                 config.forward_standardized,
+                config.dense_gradient,
             )
         self.mlp = MLP(config)
 
@@ -286,6 +288,9 @@ def load_checkpoint(path, device="cpu"):
     if missing:
         names = ", ".join(sorted(missing))
         raise ValueError(f"{path}: not a checkpoint of train.py, it lacks {names}")
+    config = checkpoint["config"]
+    if not isinstance(config, dict) or not {"tokenizer", "block_size", "data_dir"} <= config.keys():
+        raise ValueError(f"{path}: its config is not one of train.py's: {str(config)[:40]}")
     return checkpoint
 
 
@@ -326,4 +331,7 @@ def pick_device(device):
         raise ValueError(
             f"device={device!r}, but this PyTorch sees no {kind.upper()} device: use --device=cpu"
         )
-    return torch.device(device)
+    try:
+        return torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device={device!r}: must be {kind!r} or {kind}:number") from None

@@ -97,11 +97,14 @@ def read_run(directory):
         path = os.path.join(directory, name)
         try:
             with open(path, encoding="utf-8", newline="") as file:
-                found.append(read(file))
+                content = read(file)
         except FileNotFoundError:
-            found.append(empty)
+            content = empty
         except (OSError, ValueError, csv.Error) as error:
             raise ValueError(f"{path} can't be read: {error}") from None
+        if type(content) is not type(empty):
+            raise ValueError(f"{path}: {str(content)[:40]} is not what this project writes")
+        found.append(content)
     return found
 
 
@@ -183,7 +186,9 @@ def levels(model):
         gated = sae.block_bits[i] < n
         opened = shown(2 ** sae.block_bits[i]) if gated else "all are open"
         rows.append((i, shown(2**n), k, opened))
-    switches = ("per_parent_budget", "score_standardize", "forward_standardized")
+    switches = (
+        "per_parent_budget", "score_standardize", "forward_standardized", "dense_gradient"
+    )
     return table(("level", "features", "active", "opened by an active parent"), rows) + (
         "\n" + ", ".join(f"{name}={getattr(args, name)}" for name in switches) + "\n")
 

@@ -34,6 +34,7 @@ from tqdm import tqdm
 from configurator import configure, run_main
 from data import (
     atomic,
+    check_fields,
     get_tokenizer,
     lock,
     read_json_lines,
@@ -472,9 +473,10 @@ def open_meta(arguments):
     if not meta["complete"] and "files" not in meta:
         raise ValueError(f"{out_dir} was begun by an older prepare_fineweb.py, which left no place "
                          "to go on from: choose another --out_dir")
-    before = meta.get("arguments", {})
+    check_meta(meta)
+    before = meta["arguments"]
     if not meta["complete"]:
-        if before["on_error"] == "refuse":
+        if before.get("on_error") == "refuse":
             before["on_error"] = on_error  # what is written had no error
         if sum(meta["tokens"].values()) <= tokens:
             before["tokens"] = tokens  # it decides the end alone
@@ -483,6 +485,31 @@ def open_meta(arguments):
             raise ValueError(f"{out_dir} was prepared with {key}={before.get(key)!r}, not "
                              f"{value!r}: use that or another --out_dir")
     return meta
+
+
+def check_meta(meta):
+    """Raise ValueError unless a meta.json has what is needed to go on, and its shards are there."""
+    path = os.path.join(out_dir, "meta.json")
+    check_fields(path, meta, {"arguments": dict, "tokens": dict, "documents": dict})
+    for key in ("tokens", "documents"):
+        check_fields(f"{path}, {key}", meta[key], {"train": int, "val": int})
+    for shard in meta["shards"]:
+        shard_path = os.path.join(out_dir, shard["file"])
+        size = os.path.getsize(shard_path) if os.path.exists(shard_path) else 0
+        if size != 2 * shard["tokens"]:
+            raise ValueError(f"{shard_path} is missing or not whole: bring the file back, or "
+                             f"remove {out_dir} and run this again")
+    if meta["complete"]:
+        return
+    check_fields(path, meta, {"files": dict, "skipped_documents": int})
+    name = f"{path}, its last shard"
+    check_fields(name, meta["shards"][-1], {"cursor": dict})
+    cursor = meta["shards"][-1]["cursor"]
+    kinds = {"file": str, "row_group": int, "row": int, "token": int}
+    check_fields(f"{name}'s cursor", cursor, kinds)
+    numbers = [cursor[key] for key in ("row_group", "row", "token")]
+    if cursor["file"] not in meta["files"] or min(numbers) < 0:
+        raise ValueError(f"{name}: its cursor {cursor} is no place in a file of this source")
 
 
 def new_meta(arguments, encoding, part, parts):
@@ -616,7 +643,11 @@ def prepare(arguments):
     shutil.rmtree(os.path.join(out_dir, "downloads"), ignore_errors=True)
     if not meta["tokens"]["train"]:
         n_tokens = meta["tokens"]["val"]
+        n_empty = stream.skipped
         clear(meta)
+        if not n_tokens:
+            raise ValueError(f"{source!r} has no text here ({n_empty} rows without): .jsonl and "
+                             ".parquet need a field 'text' that is text")
         raise ValueError(f"{source!r} has {n_tokens} tokens here and val_tokens={val_tokens} "
                          "takes them all: lower --val_tokens")
     meta["complete"] = True

@@ -203,6 +203,23 @@ def test_layer_equals_dense_reference(n_embd, levels, switches):
     torch.testing.assert_close(sae(x), output)
 
 
+def test_dense_gradient_goes_around_the_code_in_training_alone():
+    torch.manual_seed(0)
+    x = torch.randn(3, 7, 64, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn_like(x)
+    for training in (True, False):
+        results = []
+        for dense_gradient in (0.0, 0.5):
+            torch.manual_seed(1)
+            sae = random_sae(64, "6,5,0;9,6,16").double().train(training)
+            sae.dense_gradient = dense_gradient
+            output = sae(x)
+            results.append((output, *torch.autograd.grad((output * weight).sum(), [x, sae.bias])))
+        (plain, plain_x, plain_bias), (output, grad_x, grad_bias) = results
+        assert torch.equal(output, plain) and torch.equal(grad_bias, plain_bias)
+        torch.testing.assert_close(grad_x, plain_x + 0.5 * weight * training)
+
+
 @pytest.mark.parametrize("n_embd, levels", LARGE)
 def test_full_size_layer_in_float32(n_embd, levels):
     torch.manual_seed(0)
@@ -342,7 +359,7 @@ def test_constant_input_never_divides_by_zero():
 
 def test_compiles_without_graph_breaks():
     torch.manual_seed(0)
-    sae = CayleySAE(32, "5,4,0;9,5,16")
+    sae = CayleySAE(32, "5,4,0;9,5,16", dense_gradient=1.0)
     x = torch.randn(2, 8, 32)
     expected = sae(x)
     torch.testing.assert_close(torch.compile(sae, fullgraph=True, backend="aot_eager")(x), expected)
@@ -351,7 +368,15 @@ def test_compiles_without_graph_breaks():
 # -----------------------------------------------------------------------------
 # errors
 
+def edited(*edit):
+    sae = CayleySAE(32, "5,4,0;9,5,16")
+    return sae.edit(sae.encode(torch.randn(2, 32)), [edit])
+
+
 @pytest.mark.parametrize("call, words", [
+    (lambda: edited(0, 32, 1, 8), ["level 0, feature 32", "5, 9"]),
+    (lambda: edited(2, 0, 1, 8), ["level 2, feature 0", "0 to 1"]),
+    (lambda: parse_levels([(6, 8.5, 0)]), ["(6, 8.5, 0)", "integers"]),
     (lambda: parse_levels("10,16"), ["'10,16'", "n,k,delta"]),
     (lambda: parse_levels("10,16,0;15,x,256"), ["'15,x,256'"]),
     (lambda: label_bits(3, 3), ["t=3", "4 to 12"]),

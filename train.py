@@ -70,6 +70,7 @@ cayley_levels = "10,16,0;15,32,256"  # n,k,delta per level; "" trains the dense 
 per_parent_budget = True  # only features in the blocks of active parents compete
 score_standardize = True  # select features by their standardised score
 forward_standardized = True  # and hand that score to the MLP
+dense_gradient = 0.0  # weight of the MLP input's gradient that goes around the code
 # optimizers: Muon for the matrices of the blocks, AdamW for the rest
 muon_lr = 1.2e-2
 muon_min_lr = 1.5e-4
@@ -109,6 +110,7 @@ AT_LEAST_1 = (
     "gradient_accumulation_steps",
     "max_iters",
     "parity_iters",
+    "block_size",
 )
 NOT_NEGATIVE = (
     "muon_lr",
@@ -131,10 +133,15 @@ def check_settings():
             raise ValueError(f"{key}={value!r}: must be one of {choices}")
         if key in AT_LEAST_1 and value < 1:
             raise ValueError(f"{key}={value}: must be at least 1")
-        if key in NOT_NEGATIVE and not value >= 0:  # not a number is no good either
-            raise ValueError(f"{key}={value}: must not be negative")
+        if key in NOT_NEGATIVE and not 0 <= value < math.inf:  # not a number is no good either
+            raise ValueError(f"{key}={value}: must be finite and not negative")
     if wandb_log and not importlib.util.find_spec("wandb"):
         raise ValueError("wandb_log=True, but wandb is not installed: pip install wandb")
+    for key in ("momentum", "beta1", "beta2"):
+        if not 0 <= globals()[key] < 1:
+            raise ValueError(f"{key}={globals()[key]}: must be from 0 to below 1")
+    if seed >= 2**63:
+        raise ValueError(f"seed={seed}: must be below 2^63")
     if not 0 <= warmdown_frac <= 1:
         raise ValueError(f"warmdown_frac={warmdown_frac}: must be from 0 to 1")
     if lr_schedule == "parity" and not target_val_loss > 0:
@@ -649,19 +656,24 @@ class Log:
 
     def _read(self, state):
         """The rows before state.iter, and its evaluation. Raises ValueError for a foreign file."""
-        with open(self.path, newline="") as file:
-            reader = csv.DictReader(file)
-            if not {"iter", "val_loss"} <= set(reader.fieldnames or []):
-                raise ValueError(f"{self.path}: its first line is not a header with iter and "
-                                 "val_loss: move it away to go on without it")
-            rows = []
-            for row in reader:
-                if None in row.values() or not row["iter"].isdecimal():
-                    continue  # a line that was cut off
-                it = int(row["iter"])
-                if it < state.iter or it == state.evaluated and row["val_loss"]:
-                    rows.append(row)
-            return rows
+        try:
+            with open(self.path, newline="") as file:
+                reader = csv.DictReader(file)
+                found = list(reader)
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{self.path} can't be read ({error}): move it away to go on without "
+                             "it") from None
+        if not {"iter", "val_loss"} <= set(reader.fieldnames or []):
+            raise ValueError(f"{self.path}: its first line is not a header with iter and "
+                             "val_loss: move it away to go on without it")
+        rows = []
+        for row in found:
+            if None in row.values() or not row["iter"].isdecimal():
+                continue  # a line that was cut off
+            it = int(row["iter"])
+            if it < state.iter or it == state.evaluated and row["val_loss"]:
+                rows.append(row)
+        return rows
 
     def write(self, row):
         if self.wandb:
@@ -862,7 +874,11 @@ def log_iteration(log, state, loss, grad_norm, muon_rate, adamw_rate, meter):
 def prepare_final_evals(config):
     """A function of a Run that scores its weights; what it needs is missed now, not after hours."""
     import evals
-    configure(vars(evals), final_evals_args.split())
+    arguments = final_evals_args.split()
+    for key in ("ckpt", "vs", "data_dir", "device"):  # they are the run's
+        if any(argument.startswith(f"--{key}") for argument in arguments):
+            raise ValueError(f"final_evals_args={final_evals_args!r}: {key} can't be set there")
+    configure(vars(evals), arguments)
     encoding = get_tokenizer(config["tokenizer"])
     tasks = evals.load_tasks(encoding, block_size)
 
@@ -972,8 +988,9 @@ def main():
         if ranks.master:
             log.finish()
         if ranks.master and stopped:
-            print(f"stopped after iteration {state.iter - 1}: {out_path('last.pt')} is written, go "
-                  "on with --init_from=resume")
+            when = f"after iteration {state.iter - 1}" if state.iter else "before iteration 0"
+            print(f"stopped {when}: {out_path('last.pt')} is written, go on with "
+                  "--init_from=resume")
         if ranks.master and final and not stopped:
             run.stop.interrupt_from_now_on()
             final(run)

@@ -27,7 +27,7 @@ from conftest import ROOT, contents
 
 import data
 import prepare_fineweb
-from data import Windows, get_tokenizer, permute, read_meta, run_windows
+from data import Windows, get_tokenizer, new_directory, permute, read_meta, run_windows
 
 SHARED = ROOT.parent / "shared"
 DOCUMENTS = [
@@ -305,6 +305,44 @@ def test_other_arguments_never_touch_an_existing_directory(prepared):
     check_fails(run, "val_tokens=1500, not 1600")
     assert run.stderr.count("\n") == 1
     assert before == contents(prepared)
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_shard_that_is_short_or_gone_is_named(prepared, tmp_path, complete):
+    arguments = read_meta(prepared)["arguments"]
+    for content in (b"", b"short"):
+        out = copied(prepared, tmp_path / f"{complete}{len(content)}")
+        change_meta(out, complete=complete)
+        (out / "train_000001.bin").unlink()
+        if content:
+            (out / "train_000001.bin").write_bytes(content)
+        check_fails(prepare(out, **arguments), "train_000001.bin is missing or not whole")
+
+
+def test_a_source_without_text_is_called_so(tmp_path):
+    for name, line in (("a", '{"other": "x"}'), ("b", '{"text": 5}'), ("c", "")):
+        source = tmp_path / f"{name}.jsonl"
+        source.write_text(f"{line}\n")
+        check_fails(prepare(tmp_path / name, source=source), "has no text here")
+
+
+def test_new_directory_takes_nobody_elses(tmp_path):
+    out = tmp_path / "site"
+    with new_directory(str(out)) as first:
+        (Path(first) / "page").write_text("1")
+        with pytest.raises(ValueError, match="another process works in it"):
+            with new_directory(str(out)):
+                pass
+    assert [path.name for path in out.iterdir()] == ["page"]
+    theirs = tmp_path / "other.partial"
+    theirs.mkdir()
+    (theirs / "notes").write_text("precious")
+    with pytest.raises(ValueError, match="is in the way"):
+        with new_directory(str(tmp_path / "other")):
+            pass
+    (theirs / ".unfinished").touch()  # a killed run's: its pages go
+    with new_directory(str(tmp_path / "other")) as partial:
+        assert [path.name for path in Path(partial).iterdir()] == [".unfinished"]
 
 
 def test_verify_finds_a_changed_shard(prepared, tmp_path):
@@ -821,6 +859,7 @@ def test_reading_reports_missing_and_short_shards(prepared, tmp_path):
     ('{"complete": false}', "is not whole: run its prepare_fineweb.py command again"),
     ('{"complete": "yes"}', "complete is 'yes', it must be bool"),
     ('{"dtype": "uint32"}', "dtype is 'uint32', only 'uint16' bins can be read"),
+    ('{"tokenizer": "zz"}', "tokenizer='zz': must be 'gpt2' or 'bytes'"),
     ('{"vocab_size": null}', "vocab_size is None, it must be int"),
     ('{"shards": [{"file": "a.bin"}]}', "shard 0: split is missing"),
     ('{"shards": [5]}', "shard 0: 5 is not what"),

@@ -12,12 +12,15 @@ TRAIN = [
     ("--batch_size=2.5", "batch_size=2.5 must be int"),
     ("--torch_compile=1", "torch_compile=1 must be bool"),
     ("--muon_lr=high", "muon_lr='high' must be float"),
-    ("--muon_lr=-0.1", "muon_lr=-0.1", "not be negative"),
+    ("--muon_lr=-0.1", "muon_lr=-0.1", "not negative"),
     ("--max_iters=-5", "max_iters=-5", "at least 1"),
     ("--eval_interval=0", "eval_interval=0", "at least 1"),
     ("--batch_size=0", "batch_size=0", "at least 1"),
     ("--n_layer=0", "n_layer=0", "at least 1"),
-    ("--block_size=-1", "block_size=-1", "at least 1"),
+    ("--block_size=0", "block_size=0", "at least 1"),
+    ("--momentum=1.0", "momentum=1.0", "below 1"),
+    ("--seed=1e20", "seed=1", "below 2^63"),
+    ("--muon_lr=1e999", "muon_lr=inf", "finite"),
     ("--lr_schedule=step", "lr_schedule='step'", "'cosine'"),
     ("--dtype=float16", "dtype='float16'", "'bfloat16'"),
     ("--init_from=gpt2", "init_from='gpt2'", "'resume'"),
@@ -40,6 +43,7 @@ TRAIN = [
     ("--wandb_log=True", "wandb"),
     ("--final_evals --final_evals_args=--lambada=nothing.jsonl", "nothing.jsonl: no such file"),
     ("--final_evals --final_evals_args=--lambda=hub", "'lambda'", "'lambada'"),
+    ("--final_evals --final_evals_args=--vs=other.pt", "--vs=other.pt", "vs can't be set there"),
 ]
 SAMPLE = [
     ("--ckpt=nothing.pt", "nothing.pt: no such checkpoint"),
@@ -83,12 +87,15 @@ EVALS = [
     ("--vs=nothing.pt", "nothing.pt: no such checkpoint"),
     (f"--lambada={ROOT}/README.md", "README.md, line 1: not JSON"),
     (f"--ppl={ROOT}/tests", "tests: no such file"),
-    ("--limit=-1", "limit=-1", "not negative"),
+    ("--limit=-1", "limit=-1", "at least 0"),
+    ("--device=cpu:x", "device='cpu:x'", "cpu:number"),
     ("--ckpt=.", "./ckpt.pt: no such checkpoint"),
 ]
 FEATURES = [
     ("--tokens=0", "tokens=0", "at least 1"),
     ("--text=nothing.txt", "nothing.txt: no such file"),
+    ("--text=/dev/null", "/dev/null: no such file"),
+    ("--out_dir=", "out_dir=''", "new directory"),
     ("--data_dir=nowhere", "nowhere/meta.json is missing"),
     (f"--out_dir={ROOT}/configs", "configs is there already", "another --out_dir"),
 ]
@@ -110,6 +117,7 @@ CONFIG = [
     ("n_layer = (", "config", "never closed"),
     ("layers = 3", "'layers'", "'n_layer'"),
     ("n_layer = undefined", "'undefined'"),
+    ("exit(0)", "SystemExit"),
 ]
 RENAMED = [
     ("train.py", "compile", "torch_compile"),

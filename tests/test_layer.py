@@ -118,6 +118,16 @@ def test_a_half_precision_model_keeps_its_statistics_in_float32(dtype):
     assert sae.double().var.dtype == torch.float64
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_to_half_precision_does_not_round_the_statistics(dtype):
+    sae = small_sae()
+    sae.mean.fill_(1.0101)
+    sae.var.fill_(70_000.0)  # infinite in float16
+    before = sae.mean.clone(), sae.var.clone()
+    sae.to(dtype)
+    assert torch.equal(sae.mean, before[0]) and torch.equal(sae.var, before[1])
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_activation_checkpointing_counts_once(reentrant):
     x = torch.randn(3, 40, 32, requires_grad=True)
