@@ -9,7 +9,7 @@ what they do.
 It reads tokens of the data three times. First it counts, and keeps per feature the contexts of its
 largest codes and a uniform sample of contexts, at most one a window. Then it reads the codes around
 them. Then it steers the features that are active most often and measures what changes. Memory:
-about 4 kB a feature and 40 bytes a token, and in the third reading 4 bytes times the vocabulary for
+about 9 kB a feature and 40 bytes a token, and in the third reading 4 bytes times the vocabulary for
 each feature that is measured (n_measured a level and layer). records/features_site has times.
 
 Definitions

@@ -49,6 +49,7 @@ SIZE = [
 BASE = "cayley_levels=8,8,0;12,16,64"
 MOST_ON_TOP = "cayley_levels=8,16,0;12,8,16"
 ONE_LEVEL = "cayley_levels=8,24,0"
+DENSE_GRADIENT = "dense_gradient=1.0"
 RAW = "score_standardize=False forward_standardized=False"
 SETTINGS = {
     "two levels, 8 + 16 of 256 + 4,096": BASE,
@@ -71,6 +72,10 @@ SETTINGS = {
     "k split 16 + 8, delta 16": MOST_ON_TOP,
     "k split 16 + 8, delta 16, raw": f"{MOST_ON_TOP} {RAW}",
     "level 0 alone, 24 active, raw": f"{ONE_LEVEL} {RAW}",
+    "dense gradient": f"{BASE} {DENSE_GRADIENT}",
+    "k split 16 + 8, delta 16, dense gradient": f"{MOST_ON_TOP} {DENSE_GRADIENT}",
+    "level 0 alone, 24 active, dense gradient": f"{ONE_LEVEL} {DENSE_GRADIENT}",
+    "the same with idle features revived": f"{MOST_ON_TOP} {DENSE_GRADIENT} revive=0.02",
 }
 LONG = [
     "two levels, 8 + 16 of 256 + 4,096",
@@ -113,6 +118,8 @@ class AblatedSAE(CayleySAE):
     repeats: a leaf may be its parent's atom
     absolute: the largest |score| are active
     leaf_weight: of the codes of all levels but the first
+    revive: step of the bias, an iteration, of a feature that is active less than 2% as often as its
+        level's mean
     """
 
     dictionary = "kasami"
@@ -120,6 +127,7 @@ class AblatedSAE(CayleySAE):
     repeats = True
     absolute = False
     leaf_weight = 1.0
+    revive = 0.0
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -132,6 +140,7 @@ class AblatedSAE(CayleySAE):
                 atoms = self.atoms(i, range(2**level.n))
             self.register_buffer(f"atoms_{i}", atoms, persistent=False)
         self.register_buffer("pending_raw", torch.zeros(2, len(self.bias)), persistent=False)
+        self.register_buffer("use", torch.ones(len(self.bias)), persistent=False)
 
     def encode(self, x):
         codes = []
@@ -191,6 +200,10 @@ class AblatedSAE(CayleySAE):
         self.mean += self.stats_momentum * (mean - self.mean)
         self.var += self.stats_momentum * ((square - mean * mean).clamp_min(0) - self.var)
         self.active_counts += self.pending_counts
+        self.use += 0.05 * (self.pending_counts - self.use)
+        for where in self.level_slices:
+            use = self.use[where]
+            self.bias[where] += self.revive * (use < 0.02 * use.mean())
         for pending in (self.pending_raw, self.pending_rows, self.pending_counts):
             pending.zero_()
 
@@ -204,6 +217,7 @@ OPTIONS = {
     "repeats": lambda text: text == "True",
     "absolute": lambda text: text == "True",
     "leaf_weight": float,
+    "revive": float,
 }
 
 
