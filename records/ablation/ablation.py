@@ -75,7 +75,8 @@ SETTINGS = {
     "dense gradient": f"{BASE} {DENSE_GRADIENT}",
     "k split 16 + 8, delta 16, dense gradient": f"{MOST_ON_TOP} {DENSE_GRADIENT}",
     "level 0 alone, 24 active, dense gradient": f"{ONE_LEVEL} {DENSE_GRADIENT}",
-    "the same with idle features revived": f"{MOST_ON_TOP} {DENSE_GRADIENT} revive=0.02",
+    "k split 16 + 8, delta 16, dense gradient, revived":
+        f"{MOST_ON_TOP} {DENSE_GRADIENT} revive=0.02",
 }
 LONG = [
     "two levels, 8 + 16 of 256 + 4,096",
