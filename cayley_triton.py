@@ -104,12 +104,10 @@ def block_products(
     inv_sqrt_d: tl.constexpr, group: tl.constexpr,
 ):
     """
-    A gated level, some tokens a program: products (N, slots, block) and, if group > 1, best scores
-    (N, slots, block / group).
-
-    As cayley.py's _block_scores: a coordinate is (h, j) = (head, tail). For each j sum over h the
-    inputs, signed by the block's parity of h, against the chirps; then transform over j. blocks (N,
-    slots): ~block where it repeats.
+    A gated level, some tokens a program: blocks (N, slots), ~block where it repeats -> products (N,
+    slots, block) and, if group > 1, best scores (N, slots, block / group). As cayley.py's
+    _block_scores, for a coordinate (h, j) = (head, tail): for each j sum over h the inputs, signed
+    by the block's parity of h, against the chirps; then transform over j.
     """
     rows: tl.constexpr = tokens * padded_slots
     block_size: tl.constexpr = tails * chirp_count
