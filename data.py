@@ -137,7 +137,9 @@ def read_lines(path, on_error=None):
                 byte = f"byte {error.start} is 0x{line[error.start]:02x}"
                 message = f"{path}, line {number}: invalid UTF-8 ({byte})"
                 if on_error != "replace":
-                    fix = "convert the file to UTF-8" + " (or --on_error=replace)" * bool(on_error)
+                    fix = "convert the file to UTF-8"
+                    if on_error:
+                        fix += " (or --on_error=replace)"
                     raise ValueError(f"{message}: {fix}") from None
                 print(f"{message}, replaced", file=sys.stderr)
                 yield line.decode(errors="replace")
@@ -170,7 +172,10 @@ def read_json_lines(path, on_error=None, start=0):
 # -----------------------------------------------------------------------------
 # tokenizers and meta.json
 
-TOKENIZERS = ("gpt2", "bytes")
+def check_tokenizer(name, where=""):
+    """Raise ValueError, beginning with where, unless get_tokenizer knows the name."""
+    if name not in ("gpt2", "bytes"):
+        raise ValueError(f"{where}tokenizer={name!r}: must be 'gpt2' or 'bytes'")
 
 
 def get_tokenizer(name):
@@ -179,6 +184,7 @@ def get_tokenizer(name):
 
     Raises ValueError for another name or if its files can't be had.
     """
+    check_tokenizer(name)
     if name == "bytes":
         return tiktoken.Encoding(
             "bytes",
@@ -187,8 +193,6 @@ def get_tokenizer(name):
             special_tokens={"<|endoftext|>": 256},
             explicit_n_vocab=257,
         )
-    if name != "gpt2":
-        raise ValueError(f"tokenizer={name!r}: must be 'gpt2' or 'bytes'")
     try:
         return tiktoken.get_encoding("gpt2")
     except Exception as error:  # tiktoken downloads it: no network, no cache, a damaged file
@@ -217,8 +221,7 @@ def read_meta(data_dir):
     check_fields(path, meta, kinds)
     for number, shard in enumerate(meta["shards"]):
         check_fields(f"{path}, shard {number}", shard, {"file": str, "split": str, "tokens": int})
-    if meta["tokenizer"] not in TOKENIZERS:
-        raise ValueError(f"{path}: tokenizer={meta['tokenizer']!r}: must be 'gpt2' or 'bytes'")
+    check_tokenizer(meta["tokenizer"], f"{path}: ")
     if meta["dtype"] != "uint16":
         raise ValueError(f"{path}: dtype is {meta['dtype']!r}, only 'uint16' bins can be read")
     return meta
@@ -232,6 +235,22 @@ def check_fields(name, value, kinds):
         if not isinstance(value.get(key), kind):
             found = f"{key} is {value[key]!r}" if key in value else f"{key} is missing"
             raise ValueError(f"{name}: {found}, it must be {kind.__name__}")
+
+
+def check_shard(data_dir, shard):
+    """
+    Raise ValueError unless a shard of data_dir's meta.json is there, and as long as that says.
+
+    Returns its path.
+    """
+    path = os.path.join(data_dir, shard["file"])
+    expected = 2 * shard["tokens"]  # uint16
+    size = os.path.getsize(path) if os.path.exists(path) else None
+    if size != expected:
+        found = "is missing" if size is None else f"has {size} bytes"
+        raise ValueError(f"{path} {found}, meta.json says {expected}: bring the file back, or "
+                         f"remove {data_dir} and prepare it anew")
+    return path
 
 
 # -----------------------------------------------------------------------------
@@ -302,13 +321,7 @@ class Windows:
                              f"{block_size + 1} tokens")
 
     def _open(self, directory, shard):
-        path = os.path.join(directory, shard["file"])
-        expected = 2 * shard["tokens"]  # uint16
-        size = os.path.getsize(path) if os.path.exists(path) else None
-        if size != expected:
-            found = "is missing" if size is None else f"has {size} bytes"
-            raise ValueError(f"{path} {found}, meta.json says {expected}: bring the file back, or "
-                             f"remove {directory} and prepare it anew")
+        path = check_shard(directory, shard)
         self.files.append(os.open(path, os.O_RDONLY))
         self.paths.append(path)
         self.checksums.append(shard.get("sha256") or "")

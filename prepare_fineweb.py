@@ -35,6 +35,7 @@ from configurator import configure, run_main
 from data import (
     atomic,
     check_fields,
+    check_shard,
     get_tokenizer,
     lock,
     read_json_lines,
@@ -494,11 +495,7 @@ def check_meta(meta):
     for key in ("tokens", "documents"):
         check_fields(f"{path}, {key}", meta[key], {"train": int, "val": int})
     for shard in meta["shards"]:
-        shard_path = os.path.join(out_dir, shard["file"])
-        size = os.path.getsize(shard_path) if os.path.exists(shard_path) else 0
-        if size != 2 * shard["tokens"]:
-            raise ValueError(f"{shard_path} is missing or not whole: bring the file back, or "
-                             f"remove {out_dir} and run this again")
+        check_shard(out_dir, shard)
     if meta["complete"]:
         return
     check_fields(path, meta, {"files": dict, "skipped_documents": int})

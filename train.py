@@ -118,6 +118,7 @@ NOT_NEGATIVE = (
     "adamw_lr",
     "adamw_min_lr",
     "weight_decay",
+    "dense_gradient",
     "warmup_iters",
     "seed",
     "save_patience",
@@ -875,8 +876,9 @@ def prepare_final_evals(config):
     """A function of a Run that scores its weights; what it needs is missed now, not after hours."""
     import evals
     arguments = final_evals_args.split()
-    for key in ("ckpt", "vs", "data_dir", "device"):  # they are the run's
-        if any(argument.startswith(f"--{key}") for argument in arguments):
+    for argument in arguments:
+        key = argument.removeprefix("--").partition("=")[0].replace("-", "_")
+        if key in ("ckpt", "vs", "data_dir", "device"):  # they are the run's
             raise ValueError(f"final_evals_args={final_evals_args!r}: {key} can't be set there")
     configure(vars(evals), arguments)
     encoding = get_tokenizer(config["tokenizer"])

@@ -310,13 +310,13 @@ def test_other_arguments_never_touch_an_existing_directory(prepared):
 @pytest.mark.parametrize("complete", [True, False])
 def test_a_shard_that_is_short_or_gone_is_named(prepared, tmp_path, complete):
     arguments = read_meta(prepared)["arguments"]
-    for content in (b"", b"short"):
+    for content, found in ((b"", "is missing"), (b"short", "has 5 bytes")):
         out = copied(prepared, tmp_path / f"{complete}{len(content)}")
         change_meta(out, complete=complete)
         (out / "train_000001.bin").unlink()
         if content:
             (out / "train_000001.bin").write_bytes(content)
-        check_fails(prepare(out, **arguments), "train_000001.bin is missing or not whole")
+        check_fails(prepare(out, **arguments), f"train_000001.bin {found}, meta.json says 8000")
 
 
 def test_a_source_without_text_is_called_so(tmp_path):

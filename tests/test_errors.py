@@ -17,7 +17,9 @@ TRAIN = [
     ("--eval_interval=0", "eval_interval=0", "at least 1"),
     ("--batch_size=0", "batch_size=0", "at least 1"),
     ("--n_layer=0", "n_layer=0", "at least 1"),
+    ("--block_size=-1", "block_size=-1", "at least 1"),
     ("--block_size=0", "block_size=0", "at least 1"),
+    ("--dense_gradient=-1", "dense_gradient=-1", "not negative"),
     ("--momentum=1.0", "momentum=1.0", "below 1"),
     ("--seed=1e20", "seed=1", "below 2^63"),
     ("--muon_lr=1e999", "muon_lr=inf", "finite"),
@@ -44,6 +46,7 @@ TRAIN = [
     ("--final_evals --final_evals_args=--lambada=nothing.jsonl", "nothing.jsonl: no such file"),
     ("--final_evals --final_evals_args=--lambda=hub", "'lambda'", "'lambada'"),
     ("--final_evals --final_evals_args=--vs=other.pt", "--vs=other.pt", "vs can't be set there"),
+    ("--final_evals --final_evals_args=--data-dir=x", "data_dir can't be set there"),
 ]
 SAMPLE = [
     ("--ckpt=nothing.pt", "nothing.pt: no such checkpoint"),
