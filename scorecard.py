@@ -40,7 +40,7 @@ found on training documents, achieves at the same KL. Ablation takes a feature's
 away; specificity is mean |change| where the next token has the label over the sum of that and of
 the mean |change| elsewhere: one half is no specificity.
 
-Absorption (GPT-2 BPE only): see absorption().
+Absorption (GPT-2 BPE only): see absorption() in probing.py.
 
 Codes, an appendix: entropy in bits of tokens, and mean entropy of labels, in the 16 contexts of
 largest code on the val split, by feature and weighted by use; dead and rare (below one in 10,000
@@ -71,8 +71,21 @@ from cayley import CayleySAE, Codes, plain_encode
 from configurator import configure, run_main
 from data import atomic, get_tokenizer, lock, run_windows, write_json, write_text
 from evals import covariances, explained, mean_and_error
-from labels import UNKNOWN, english_words, label_stream, token_texts
+from labels import UNKNOWN, label_stream
 from model import GPT, build_model, load_checkpoint, pick_device
+from probing import (
+    FEWEST,
+    Table,
+    absorption,
+    metrics,
+    probe_one,
+    probe_some,
+    probe_token,
+    stacked,
+    token_rates,
+    word_letters,
+)
+from topk_sae import TopKSAE, fit_saes
 
 # settings, see configurator.py
 ckpt = "out/ckpt.pt"  # of Cayley models, a training seed each, commas between
@@ -95,11 +108,9 @@ device = "auto"
 
 SAE_BATCH = 1024  # tokens in a step of a post-hoc SAE
 STEER_KL = 0.1  # nats a token
-BINS = 256  # of scores, for AUC
 TOP_CONTEXTS = 16
 RARE = 1e-4  # activations per token
 RESAMPLES = 1000
-FEWEST = 30  # tokens with a label on either side, for it to count
 REFERENCE = "TopK SAE on dense"  # that differences are to
 KEYS = ("label_tokens", "fit_tokens", "score_tokens", "causal_tokens", "n_windows")  # of parts
 SAE_KEYS = ("sae_tokens", "sae_lr")  # of those with a post-hoc SAE in them
@@ -328,115 +339,8 @@ def settle(model_or_sae, saes, forward):
 
 
 # -----------------------------------------------------------------------------
-# post-hoc SAEs
-
-
-class TopKSAE(nn.Module):
-    """
-    A TopK SAE, and with more than one prefix a Matryoshka TopK SAE.
-
-    Gao et al., "Scaling and evaluating sparse autoencoders", 2024: relu of the k largest
-    pre-activations, decoder rows of norm 1, AuxK for dead features. Bussmann et al., "Learning
-    Multi-Level Features with Matryoshka Sparse Autoencoders", 2025: the features' prefixes
-    reconstruct as well. Inputs are scaled to a mean square of 1 and centred by b_dec.
-    """
-
-    def __init__(self, d, n_features, k, prefixes=()):
-        super().__init__()
-        self.k = min(k, n_features)
-        self.prefixes = (*prefixes, n_features)
-        rows = F.normalize(torch.randn(n_features, d), dim=1)
-        self.W_enc = nn.Parameter(rows.clone())
-        self.W_dec = nn.Parameter(rows)
-        self.b_enc = nn.Parameter(torch.zeros(n_features))
-        self.b_dec = nn.Parameter(torch.zeros(d))
-        self.register_buffer("scale", torch.ones(()))
-        self.register_buffer("idle", torch.zeros(n_features))  # tokens since it was active
-
-    def pre_activations(self, x):
-        """x (N, d), scaled -> (N, n_features)."""
-        return F.linear(x - self.b_dec, self.W_enc, self.b_enc)
-
-    def encode(self, x):
-        """x (..., d) -> Codes (..., k), none negative."""
-        values, ids = self.pre_activations(x / self.scale).topk(self.k)
-        return Codes(ids, values.relu())
-
-    def decode(self, codes):
-        """Codes (..., k) -> x (..., d)."""
-        ids, values = codes
-        flat = bag(ids.flatten(0, -2), values.flatten(0, -2), self.W_dec)
-        return (flat.view(*ids.shape[:-1], -1) + self.b_dec) * self.scale
-
-    def forward(self, x):
-        return self.decode(self.encode(x))
-
-    def atoms(self):
-        """What a code of 1 adds to x, (n_features, d)."""
-        return self.W_dec.detach() * self.scale
-
-
-def bag(ids, values, rows):
-    """The sum of values * rows[ids]: ids, values (N, k) -> (N, d)."""
-    return F.embedding_bag(ids, rows, per_sample_weights=values.to(rows.dtype), mode="sum")
-
-
-def sae_loss(sae, x, dead_after):
-    """
-    Mean normalised square error over the prefixes, and AuxK's with weight 1/32: x (N, d), scaled.
-
-    AuxK: the error as reconstructed by the d/2 largest pre-activations of features that were idle
-    for dead_after tokens.
-    """
-    pre = sae.pre_activations(x)
-    values, ids = pre.topk(sae.k, sorted=False)
-    values = values.relu()
-    variance = (x - x.mean(0)).square().sum().clamp_min(1e-9)
-    loss = 0.0
-    for prefix in sae.prefixes:  # the last one is everything
-        x_hat = bag(ids, values * (ids < prefix), sae.W_dec) + sae.b_dec
-        loss = loss + (x - x_hat).square().sum() / variance / len(sae.prefixes)
-    with torch.no_grad():
-        fired = torch.zeros_like(sae.idle)
-        fired.index_add_(0, ids.flatten(), (values > 0).flatten().to(fired.dtype))
-        sae.idle += len(x)
-        sae.idle.masked_fill_(fired > 0, 0)
-    dead = sae.idle >= dead_after
-    k_aux = min(x.shape[1] // 2, int(dead.sum()))
-    if k_aux:
-        error = (x - x_hat).detach()
-        aux, aux_ids = pre.masked_fill(~dead, -math.inf).topk(k_aux, sorted=False)
-        error_hat = bag(aux_ids, aux.relu(), sae.W_dec)
-        scale = error.square().sum().clamp_min(1e-9)
-        loss = loss + (error - error_hat).square().sum() / scale / 32
-    return loss
-
-
-def fit_saes(saes, inputs, n_steps, lr):
-    """
-    Fit SAEs in lockstep: inputs yields n_steps lists of x (N, d), one for each.
-
-    Adam; the learning rate warms up over the first 5% of the steps and falls to 0 over the last
-    fifth. Gradients of decoder rows keep their norm, which is set back to 1 after every step.
-    """
-    optimizers = [torch.optim.Adam(sae.parameters(), lr=lr, eps=6.25e-10) for sae in saes]
-    steps = zip(range(n_steps), inputs)
-    for step, of_saes in tqdm(steps, total=n_steps, desc="SAEs", leave=False, disable=None):
-        now = lr * min(1, (step + 1) / (0.05 * n_steps), (n_steps - step) / (0.2 * n_steps))
-        for sae, optimizer, x in zip(saes, optimizers, of_saes):
-            if step == 0:
-                sae.scale.copy_(x.square().mean().sqrt())
-                sae.b_dec.data.copy_((x / sae.scale).mean(0))
-            optimizer.param_groups[0]["lr"] = now
-            optimizer.zero_grad()
-            sae_loss(sae, x / sae.scale, dead_after=n_steps * len(x) / 20).backward()
-            rows = sae.W_dec.data
-            grad = sae.W_dec.grad
-            grad -= (grad * rows).sum(1, keepdim=True) * rows
-            optimizer.step()
-            rows.copy_(F.normalize(rows, dim=1))
-    for sae in saes:
-        sae.eval().requires_grad_(False)
+# -----------------------------------------------------------------------------
+# fitting post-hoc SAEs
 
 
 def shuffled_inputs(model, windows, at_layers, seed):
@@ -581,376 +485,6 @@ def encoded(arm, x):
         if codes.ids is not None:
             ids.append(codes.ids.cpu())
     return Table(torch.cat(ids).numpy() if ids else None, torch.cat(values).numpy(), arm.n_features)
-
-
-class Table:
-    """
-    Codes of N tokens, to be had by feature.
-
-    ids (N, k), or None where values (N, n_features) has every feature; a code of 0 is not active.
-    """
-
-    def __init__(self, ids, values, n_features):
-        self.n_tokens = len(values)
-        self.n_features = n_features
-        self.dense = values if ids is None else None
-        if ids is not None:
-            active = np.flatnonzero(values)
-            owners = ids.ravel()[active]
-            order = np.argsort(owners, kind="stable")
-            self.owners = owners[order]  # (E,), ascending
-            self.rows = active[order] // values.shape[1]
-            self.values = values.ravel()[active[order]]
-            self.starts = np.searchsorted(self.owners, np.arange(n_features + 1))
-
-    def feature(self, number):
-        """The tokens at which a feature is active, and its codes there."""
-        if self.dense is not None:
-            return np.arange(self.n_tokens), self.dense[:, number]
-        where = slice(self.starts[number], self.starts[number + 1])
-        return self.rows[where], self.values[where]
-
-    def column(self, number):
-        """A feature's code at every token, 0 where it is not active, (N,)."""
-        rows, values = self.feature(number)
-        column = np.zeros(self.n_tokens, dtype=np.float32)
-        column[rows] = values
-        return column
-
-    def at(self, tokens):
-        """Codes of all features at some tokens (M,), each named once, -> (M, n_features)."""
-        if self.dense is not None:
-            return self.dense[tokens]
-        place = np.full(self.n_tokens, -1)
-        place[tokens] = np.arange(len(tokens))
-        kept = place[self.rows] >= 0
-        codes = np.zeros((len(tokens), self.n_features), dtype=np.float32)
-        codes[place[self.rows[kept]], self.owners[kept]] = self.values[kept]
-        return codes
-
-    def sums(self, weights):
-        """Sums over tokens of code * weight: weights (N, L) -> (n_features, L)."""
-        if self.dense is not None:
-            return self.dense.T.astype(np.float64) @ weights
-        columns = []
-        for weight in weights.T:
-            columns.append(np.bincount(self.owners, self.values * weight[self.rows],
-                                       minlength=self.n_features))
-        return np.stack(columns, 1)
-
-    def counts(self):
-        """Activations of every feature, (n_features,)."""
-        if self.dense is not None:
-            return np.full(self.n_features, self.n_tokens)
-        return np.diff(self.starts)
-
-
-# -----------------------------------------------------------------------------
-# sparse probing: fitted on one Table, scored on another
-
-
-class Probe(NamedTuple):
-    """One feature that predicts a label: where sign * code >= threshold."""
-
-    feature: int
-    sign: int
-    threshold: float
-
-
-def best_cut(scores, hits, positives):
-    """
-    The threshold of the best F1, "score >= threshold", for every label at once.
-
-    scores (m,); hits (m, L): which have the label; positives (L,): how many do among all tokens,
-    those without a score too. Returns F1 (L,) and thresholds (L,).
-    """
-    order = np.argsort(-scores, kind="stable")
-    scores = scores[order]
-    last = np.flatnonzero(np.append(scores[1:] != scores[:-1], True))  # of every run of ties
-    found = hits[order].cumsum(0, dtype=np.int32)[last]  # (cuts, L)
-    f1 = 2 * found / ((last + 1)[:, None] + positives)
-    best = f1.argmax(0)
-    return f1[best, np.arange(len(positives))], scores[last[best]]
-
-
-def mean_differences(table, labels):
-    """Mean code with the label less mean code without: labels (N, L) -> (n_features, L)."""
-    positives = labels.sum(0)
-    sums = table.sums(np.column_stack([labels, np.ones(len(labels))]))
-    with_label = sums[:, :-1] / positives
-    return with_label - (sums[:, -1:] - sums[:, :-1]) / (len(labels) - positives)
-
-
-def candidates(table, differences):
-    """The features that best_features tries: all of a sparse Table, some of a dense one."""
-    if table.dense is None:
-        return np.flatnonzero(table.counts())
-    deviation = table.dense.std(0)[:, None] + 1e-9
-    return np.unique(np.argsort(-np.abs(differences / deviation), axis=0)[:8])
-
-
-def best_features(table, labels):
-    """The Probe of the best F1 for each label: labels (N, L) -> L Probes."""
-    positives = labels.sum(0)
-    best = np.full(len(positives), -1.0)
-    probes = [None] * len(positives)
-    for feature in candidates(table, mean_differences(table, labels)):
-        rows, values = table.feature(feature)
-        for sign in (1, -1):
-            side = sign * values > 0 if table.dense is None else slice(None)
-            scores = sign * values[side]
-            if not len(scores):
-                continue
-            f1, thresholds = best_cut(scores, labels[rows[side]], positives)
-            for label in np.flatnonzero(f1 > best):
-                best[label] = f1[label]
-                probes[label] = Probe(int(feature), sign, float(thresholds[label]))
-    return probes
-
-
-def logistic(x, y, C=1.0):
-    """
-    L2 logistic regression: x (N, m), y (N,) of 0 and 1 -> weights (m,), intercept.
-
-    Minimises |w|^2 / 2 + C sum log(1 + exp(-(2y - 1) (x w + b))), as scikit-learn does, by Newton's
-    method with halved steps.
-    """
-    x = np.column_stack([x, np.ones(len(x))]).astype(np.float64)
-    y = np.asarray(y, dtype=np.float64)
-    penalty = np.append(np.ones(x.shape[1] - 1), 0) / C
-    w = np.zeros(x.shape[1])
-
-    def objective(w):
-        z = x @ w
-        return np.logaddexp(0, z).sum() - y @ z + 0.5 * penalty @ (w * w)
-
-    value = objective(w)
-    for _ in range(100):
-        p = 1 / (1 + np.exp(-np.clip(x @ w, -500, 500)))
-        gradient = x.T @ (p - y) + penalty * w
-        hessian = (x * (p * (1 - p))[:, None]).T @ x + np.diag(penalty + 1e-9)
-        step = np.linalg.solve(hessian, gradient)
-        size = 1.0
-        while size > 1e-6 and objective(w - size * step) > value:
-            size /= 2
-        w = w - size * step
-        new = objective(w)
-        if value - new <= 1e-12 * abs(value):
-            break
-        value = new
-    return w[:-1], w[-1]
-
-
-class Outcome(NamedTuple):
-    """How a label was predicted: counts per document, from which every metric follows."""
-
-    confusion: np.ndarray  # (D, 4): true and false negatives and positives, as tn, fp, fn, tp
-    histogram: np.ndarray  # (D, BINS, 2): tokens without and with the label, by bin of the score
-
-
-def outcome(scores, predicted, truth, documents):
-    """Scores, predictions and truth (N,) -> Outcome. documents (N,): numbers from 0."""
-    n_documents = documents.max() + 1
-    cells = documents * 4 + 2 * truth + predicted
-    confusion = np.bincount(cells, minlength=4 * n_documents).reshape(n_documents, 4)
-    distinct, bins = np.unique(scores, return_inverse=True)
-    if len(distinct) > BINS:  # by rank, so that each has about as many distinct scores
-        bins = bins * BINS // len(distinct)
-    cells = (documents * BINS + bins) * 2 + truth
-    histogram = np.bincount(cells, minlength=2 * BINS * n_documents)
-    return Outcome(confusion, histogram.reshape(n_documents, BINS, 2))
-
-
-def metrics(confusion, histogram):
-    """
-    F1, balanced accuracy and AUC: confusion (..., 4), histogram (..., BINS, 2) -> (..., 3).
-
-    nan where a class is empty. AUC counts ties, and what shares a bin, half.
-    """
-    tn, fp, fn, tp = np.moveaxis(np.asarray(confusion, dtype=np.float64), -1, 0)
-    without, with_label = np.moveaxis(np.asarray(histogram, dtype=np.float64), -1, 0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        f1 = np.where(tp + fn > 0, 2 * tp / (2 * tp + fp + fn), np.nan)
-        balanced = (tp / (tp + fn) + tn / (tn + fp)) / 2
-        below = without.cumsum(-1) - without / 2
-        auc = (with_label * below).sum(-1) / ((tp + fn) * (tn + fp))
-    return np.stack([f1, balanced, auc], -1)
-
-
-def probe_one(fit, score, fit_labels, score_labels, documents):
-    """The best single features -> L Probes and their Outcomes on the other Table."""
-    probes = best_features(fit, fit_labels)
-    outcomes = []
-    for probe, truth in zip(probes, score_labels.T):
-        scores = probe.sign * score.column(probe.feature)
-        predicted = scores >= np.float32(probe.threshold)
-        outcomes.append(outcome(scores, predicted, truth, documents))
-    return probes, outcomes
-
-
-def probe_some(fit, score, fit_labels, score_labels, documents, n=5):
-    """The n features of largest mean difference and a logistic probe -> L Outcomes."""
-    differences = mean_differences(fit, fit_labels)
-    outcomes = []
-    for label, truth in enumerate(score_labels.T):
-        features = np.argsort(-np.abs(differences[:, label]), kind="stable")[:n]
-        x = np.stack([fit.column(f) for f in features], 1)
-        weights, intercept = logistic(x, fit_labels[:, label])
-        hits = fit_labels[:, label:label + 1]
-        _, (threshold,) = best_cut(x @ weights + intercept, hits, hits.sum(0))
-        scores = np.stack([score.column(f) for f in features], 1) @ weights + intercept
-        outcomes.append(outcome(scores, scores >= threshold, truth, documents))
-    return outcomes
-
-
-def token_rates(ids, labels, vocab_size):
-    """Share of each token's occurrences that have the label, (vocab_size, L), smoothed by one."""
-    counts = np.bincount(ids, minlength=vocab_size)
-    prior = labels.mean(0)
-    rates = []
-    for label in labels.T:
-        rates.append(np.bincount(ids, label, minlength=vocab_size))
-    return (np.stack(rates, 1) + prior) / (counts[:, None] + 1)
-
-
-def probe_token(rates, fit_ids, score_ids, fit_labels, score_labels, documents):
-    """The current token alone, by token_rates -> L Outcomes."""
-    outcomes = []
-    for label, truth in enumerate(score_labels.T):
-        hits = fit_labels[:, label:label + 1]
-        _, (threshold,) = best_cut(rates[fit_ids, label], hits, hits.sum(0))
-        scores = rates[score_ids, label]
-        outcomes.append(outcome(scores, scores >= threshold, truth, documents))
-    return outcomes
-
-
-def stacked(outcomes):
-    """L Outcomes as tensors confusion (D, L, 4) and histogram (D, L, BINS, 2)."""
-    return {
-        "confusion": torch.from_numpy(np.stack([o.confusion for o in outcomes], 1)).int(),
-        "histogram": torch.from_numpy(np.stack([o.histogram for o in outcomes], 1)).int(),
-    }
-
-
-# -----------------------------------------------------------------------------
-# absorption
-
-
-def letter_probes(x, letters):
-    """Logistic probes of the 26 first letters: x (N, d), letters (N,) -> w (26, d), b (26,)."""
-    w = torch.zeros(26, x.shape[1], requires_grad=True)
-    b = torch.zeros(26, requires_grad=True)
-    targets = F.one_hot(letters, 26).float()
-    optimizer = torch.optim.LBFGS([w, b], max_iter=200, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        loss = F.binary_cross_entropy_with_logits(x @ w.T + b, targets, reduction="sum")
-        loss = (loss + w.square().sum() / 2) / len(x)
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return w.detach(), b.detach()
-
-
-def main_features(fit, truth, most=10, jump=0.03):
-    """
-    The features that stand for a letter: the first k by mean difference, while k more of them
-    raise a logistic probe's best F1 by more than jump. truth (N,).
-    """
-    differences = mean_differences(fit, truth[:, None])[:, 0]
-    ranked = np.argsort(-differences, kind="stable")[:most]
-    columns = np.stack([fit.column(f) for f in ranked], 1)
-    kept, best = 1, -1.0
-    for k in range(1, most + 1):
-        weights, intercept = logistic(columns[:, :k], truth)
-        scores = columns[:, :k] @ weights + intercept
-        (f1,), _ = best_cut(scores, truth[:, None], np.array([truth.sum()]))
-        if f1 <= best + jump:
-            break
-        kept, best = k, f1
-    return ranked[:kept]
-
-
-def word_absorption(parts, cosines, main, projection):
-    """
-    Absorption fraction and full absorption at one token, SAEBench's formulas: see absorption.
-
-    parts (n_features,): code * cosine of its atom with the probe; main: features' numbers;
-    projection: of x on the probe.
-    """
-    of_main = parts[main].sum()
-    others = parts.copy()
-    others[main] = 0
-    absorbers = np.sort(others[(cosines >= 0.1) & (others > 0)])[-3:].sum()
-    if of_main >= projection or absorbers < 0.4 * projection:
-        fraction = 0.0
-    elif of_main <= 0:
-        fraction = 1.0
-    else:
-        taken = min(absorbers, projection - of_main)
-        fraction = taken / (taken + of_main)
-    top = int(parts.argmax())
-    silent = bool((parts[main] == 0).all())
-    full = silent and cosines[top] >= 0.025 and parts[top] >= 0.4 * projection > 0
-    return fraction, bool(full)
-
-
-def absorption(arm, fit, score, fit_x, score_x, fit_letters, score_letters):
-    """
-    Mean over letters of the absorption fraction and of the rate of full absorption.
-
-    SAEBench's first-letter definition (Chanin et al., "A is for Absorption", 2024; Karvonen et al.,
-    "SAEBench", 2025; feature_absorption_calculator.py). With p the unit weights of a logistic probe
-    of the letter on x, the projection of a token is <x, p>, and a feature's part is its code times
-    its atom's norm times its cosine with p. Main features: see main_features. At each token that
-    has the letter and that the probe finds:
-    - absorbers: the sum of the 3 largest positive parts of other features with cosine >= 0.1;
-    - fraction: 0 if the main parts reach the projection or absorbers < 0.4 projection; 1 if the
-      main parts are not positive; else a / (a + main) with a = min(absorbers, projection - main);
-    - full: no main feature is active, and the largest part has cosine >= 0.025 and is at least 0.4
-      of the projection.
-    Two departures: words are read where they stand in the text, not in a spelling prompt, and main
-    features are ranked by mean difference, not by an L1 probe.
-
-    letters (N,): of tokens that are whole words 0..25, -1 elsewhere. Tables and x are of the same N
-    tokens. Returns fraction, full, the probes' mean F1 and the number of letters.
-    """
-    on_fit, on_score = fit_letters >= 0, score_letters >= 0
-    w, b = letter_probes(fit_x[on_fit], torch.from_numpy(fit_letters[on_fit]))
-    atoms = arm.atoms.cpu()
-    norms = atoms.norm(dim=1).numpy()
-    rows = []
-    for letter in range(26):
-        truth = score_letters == letter
-        if truth.sum() < FEWEST or (fit_letters == letter).sum() < FEWEST:
-            continue
-        found = (score_x @ w[letter] + b[letter] > 0).numpy() & on_score
-        hits = np.flatnonzero(found & truth)
-        f1 = 2 * len(hits) / (found.sum() + truth.sum())
-        direction = F.normalize(w[letter], dim=0)
-        cosines = F.cosine_similarity(atoms, direction[None]).numpy()
-        main = main_features(fit, fit_letters == letter)
-        projections = (score_x[hits] @ direction).numpy()
-        results = [word_absorption(codes * norms * cosines, cosines, main, projection)
-                   for codes, projection in zip(score.at(hits), projections)]
-        if results:
-            rows.append([*np.mean(results, axis=0), f1])
-    if not rows:
-        return None
-    fraction, full, f1 = np.mean(rows, axis=0).tolist()
-    return {"fraction": fraction, "full": full, "probe_f1": f1, "letters": len(rows)}
-
-
-def word_letters(ids, encoding):
-    """First letter 0..25 of each token (N,) that is a whole word of A to Z, else -1."""
-    letters = np.full(len(ids), -1)
-    for number, word in enumerate(english_words(token_texts(ids, encoding))):
-        text = word.text.strip()
-        if word.starts_word and text == word.word and text.isascii():
-            letters[number] = ord(text[0].lower()) - ord("a")
-    return letters
 
 
 # -----------------------------------------------------------------------------
@@ -1293,7 +827,7 @@ class Reader:
         if self.data.encoding.name == "gpt2" and fit.dense is None:
             letters = [word_letters(ids.ravel(), self.data.encoding)
                        for ids in (self.fit_ids, self.score_ids)]
-            result["absorption"] = absorption(arm, fit, score, fit_x, score_x, *letters)
+            result["absorption"] = absorption(arm.atoms, fit, score, fit_x, score_x, *letters)
         return result
 
     def arms(self):

@@ -16,7 +16,9 @@ from conftest import ROOT, arguments, run_script, run_training
 from torch.nn import functional as F
 
 import labels
+import probing
 import scorecard
+import topk_sae
 from cayley import Edit
 from model import GPT, GPTConfig
 
@@ -142,18 +144,18 @@ def planted(seed=0, noise_features=30):
     values = (rng.random((N, noise_features)) < 0.1) * rng.normal(size=(N, noise_features))
     values[:, :3] = truth * (1 + rng.random((N, 3))) * [1, -1, 1]  # feature 1 is negative
     ids = np.broadcast_to(np.arange(noise_features), values.shape)
-    return truth, np.arange(N) // 200, scorecard.Table(ids, values, noise_features)
+    return truth, np.arange(N) // 200, probing.Table(ids, values, noise_features)
 
 
 def test_planted_codes_are_found_on_either_side():
     fit_truth, _, fit = planted(0)
     truth, documents, score = planted(1)
-    probes, one = scorecard.probe_one(fit, score, fit_truth, truth, documents)
+    probes, one = probing.probe_one(fit, score, fit_truth, truth, documents)
     assert [(probe.feature, probe.sign) for probe in probes] == [(0, 1), (1, -1), (2, 1)]
-    five = scorecard.probe_some(fit, score, fit_truth, truth, documents)
+    five = probing.probe_some(fit, score, fit_truth, truth, documents)
     for outcomes in (one, five):
         for found in outcomes:
-            numbers = scorecard.metrics(found.confusion.sum(0), found.histogram.sum(0))
+            numbers = probing.metrics(found.confusion.sum(0), found.histogram.sum(0))
             assert (numbers > 0.99).all()
 
 
@@ -162,11 +164,11 @@ def test_shuffled_labels_are_at_chance():
     truth, documents, score = planted(1)
     rng = np.random.default_rng(2)
     fit_truth, truth = rng.permutation(fit_truth), rng.permutation(truth)
-    probes, one = scorecard.probe_one(fit, score, fit_truth, truth, documents)
-    five = scorecard.probe_some(fit, score, fit_truth, truth, documents)
+    probes, one = probing.probe_one(fit, score, fit_truth, truth, documents)
+    five = probing.probe_some(fit, score, fit_truth, truth, documents)
     for outcomes in (one, five):
         for found, share in zip(outcomes, truth.mean(0)):
-            f1, balanced, auc = scorecard.metrics(found.confusion.sum(0), found.histogram.sum(0))
+            f1, balanced, auc = probing.metrics(found.confusion.sum(0), found.histogram.sum(0))
             assert f1 < 2 * share / (1 + share) + 0.03  # of saying yes always
             assert abs(balanced - 0.5) < 0.06 and abs(auc - 0.5) < 0.06
 
@@ -175,7 +177,7 @@ def test_best_feature_and_threshold_are_those_of_trying_all():
     truth, _, table = planted(3)
     rng = np.random.default_rng(30)
     truth = truth ^ (rng.random(truth.shape) < 0.1)
-    probes = scorecard.best_features(table, truth)
+    probes = probing.best_features(table, truth)
     for label, probe in enumerate(probes):
         best = 0.0
         for feature in range(table.n_features):
@@ -199,14 +201,14 @@ def test_dense_and_sparse_tables_say_the_same():
     rng = np.random.default_rng(0)
     values = rng.normal(size=(50, 7)).astype(np.float32)
     weights = rng.random((50, 2))
-    dense = scorecard.Table(None, values, 7)
-    sparse = scorecard.Table(np.broadcast_to(np.arange(7), values.shape), values, 7)
+    dense = probing.Table(None, values, 7)
+    sparse = probing.Table(np.broadcast_to(np.arange(7), values.shape), values, 7)
     np.testing.assert_allclose(dense.sums(weights), sparse.sums(weights), rtol=1e-6)
     np.testing.assert_array_equal(dense.column(3), sparse.column(3))
     np.testing.assert_array_equal(dense.at(np.array([7, 2])), sparse.at(np.array([7, 2])))
     truth = rng.random((50, 1)) < 0.4
     expected = values[truth[:, 0]].mean(0) - values[~truth[:, 0]].mean(0)
-    differences = scorecard.mean_differences(sparse, truth)
+    differences = probing.mean_differences(sparse, truth)
     np.testing.assert_allclose(differences[:, 0], expected, rtol=1e-4, atol=1e-5)
 
 
@@ -218,20 +220,20 @@ def test_numbers_are_those_of_scikit_learn():
     y = rng.random(N) < 0.2
     scores = np.round((rng.normal(size=N) + y) * 10).clip(-40, 40)  # with ties
     predicted = scores > 5
-    found = scorecard.outcome(scores, predicted, y, np.arange(N) // 100)
-    numbers = scorecard.metrics(found.confusion.sum(0), found.histogram.sum(0))
+    found = probing.outcome(scores, predicted, y, np.arange(N) // 100)
+    numbers = probing.metrics(found.confusion.sum(0), found.histogram.sum(0))
     expected = [sk.f1_score(y, predicted), sk.balanced_accuracy_score(y, predicted),
                 sk.roc_auc_score(y, scores)]
     np.testing.assert_allclose(numbers, expected, rtol=1e-12)
 
     precision, recall, thresholds = sk.precision_recall_curve(y, scores)
     f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
-    (best,), (threshold,) = scorecard.best_cut(scores, y[:, None], np.array([y.sum()]))
+    (best,), (threshold,) = probing.best_cut(scores, y[:, None], np.array([y.sum()]))
     assert best == pytest.approx(f1.max())
     assert threshold == thresholds[f1[:-1].argmax()]
 
     x = rng.normal(size=(N, 5)) * [1, 5, 0.2, 1, 1] + y[:, None] * [1, 0, 0.1, -1, 0]
-    weights, intercept = scorecard.logistic(x, y)
+    weights, intercept = probing.logistic(x, y)
     model = linear.LogisticRegression(C=1.0, tol=1e-10, max_iter=10_000).fit(x, y)
     np.testing.assert_allclose(weights, model.coef_[0], rtol=1e-4, atol=1e-5)
     assert intercept == pytest.approx(model.intercept_[0], rel=1e-4)
@@ -241,10 +243,10 @@ def test_the_current_token_is_read_off_its_rates():
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 20, N)
     truth = (ids == 3)[:, None]
-    rates = scorecard.token_rates(ids, truth, 32)
+    rates = probing.token_rates(ids, truth, 32)
     assert rates[3, 0] > 0.9 and rates[4, 0] < 0.1
-    (found,) = scorecard.probe_token(rates, ids, ids, truth, truth, np.zeros(N, dtype=int))
-    assert scorecard.metrics(found.confusion.sum(0), found.histogram.sum(0))[0] == 1
+    (found,) = probing.probe_token(rates, ids, ids, truth, truth, np.zeros(N, dtype=int))
+    assert probing.metrics(found.confusion.sum(0), found.histogram.sum(0))[0] == 1
 
 
 # -----------------------------------------------------------------------------
@@ -257,8 +259,8 @@ def probing_result(seed, shuffled):
     if shuffled:
         truth = np.random.default_rng(seed).permutation(truth)
     sides = fit, score, fit_truth, truth, documents
-    return {"one": scorecard.stacked(scorecard.probe_one(*sides)[1]),
-            "five": scorecard.stacked(scorecard.probe_some(*sides))}
+    return {"one": probing.stacked(probing.probe_one(*sides)[1]),
+            "five": probing.stacked(probing.probe_some(*sides))}
 
 
 def card_rows(cayley, reference, monkeypatch):
@@ -317,8 +319,8 @@ def test_a_planted_dictionary_is_recovered(kind):
             yield [(weights[..., None] * atoms[ids]).sum(1)]
 
     prefixes = (12, 24) if kind == "Matryoshka" else ()
-    sae = scorecard.TopKSAE(d, n_features, k, prefixes)
-    scorecard.fit_saes([sae], batches(), 700, lr=3e-3)
+    sae = topk_sae.TopKSAE(d, n_features, k, prefixes)
+    topk_sae.fit_saes([sae], batches(), 700, lr=3e-3)
     cosines = F.normalize(sae.W_dec, dim=1) @ atoms.T
     assert cosines.max(0).values.mean() > 0.9
     assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(n_features), atol=1e-5)
@@ -326,7 +328,7 @@ def test_a_planted_dictionary_is_recovered(kind):
 
 def test_a_spliced_sae_that_is_the_identity_changes_nothing(models):
     dense = models[1]
-    sae = scorecard.TopKSAE(32, 64, 64)
+    sae = topk_sae.TopKSAE(32, 64, 64)
     both_signs = torch.cat([torch.eye(32), -torch.eye(32)])
     for rows in (sae.W_enc, sae.W_dec):
         rows.data.copy_(both_signs)
@@ -444,7 +446,7 @@ def test_absorption_of_one_token_by_hand():
 
     def at(codes, projection, main=(0,)):
         parts = np.array(codes) * cosines
-        return scorecard.word_absorption(parts, cosines, np.array(main), projection)
+        return probing.word_absorption(parts, cosines, np.array(main), projection)
 
     assert at([1, 0, 0, 0, 0], 0.9) == (0.0, False)  # the main feature does it all
     assert at([0, 1, 1, 0, 0], 1.0) == (1.0, True)  # it is silent, and the absorber has 0.5
@@ -468,13 +470,12 @@ def test_absorption_of_a_planted_hierarchy():
         codes[kind, :4] = 0 if absorbed else codes[kind, :4]
         codes[kind, 4 + letters[kind]] = 3
         ids = np.broadcast_to(np.arange(8), codes.shape)
-        return scorecard.Table(ids, codes, 8), torch.from_numpy(codes) @ atoms
+        return probing.Table(ids, codes, 8), torch.from_numpy(codes) @ atoms
 
     scores = {}
     for absorbed in (True, False):
         codes, x = table(absorbed)
-        arm = scorecard.Arm("planted", None, None, 8, atoms)
-        scores[absorbed] = scorecard.absorption(arm, codes, codes, x, x, letters, letters)
+        scores[absorbed] = probing.absorption(atoms, codes, codes, x, x, letters, letters)
     for score in scores.values():
         assert score["letters"] == 4 and score["probe_f1"] > 0.95
     assert scores[True]["full"] == pytest.approx(kind.mean(), abs=0.01)
