@@ -686,6 +686,8 @@ class CayleySAE(nn.Module):
     forward_standardized: the code is that score; otherwise raw + bias.
     dense_gradient: weight with which the output's gradient also goes straight to x, in training;
         through the codes alone it has the active atoms' directions only. The forward is the same.
+    near_misses: how many features of the top level, the next ones after the k active, hand their
+        part of the output's gradient to x as well, in training. The forward is the same.
 
     The biases are the only parameters: bias (F,), a slice of level_slices per level. Buffers of
     that layout: mean and var of raw, and active_counts, activations since it was last zeroed. Call
@@ -708,16 +710,24 @@ class CayleySAE(nn.Module):
         score_standardize=True,
         forward_standardized=True,
         dense_gradient=0.0,
+        near_misses=0,
     ):
         super().__init__()
         self.levels = parse_levels(levels)
         check_levels(n_embd, self.levels, per_parent_budget)
+        inactive = n_embd - self.levels[0].k
+        if not 0 <= near_misses <= inactive:
+            raise ValueError(
+                f"near_misses={near_misses}: must be from 0 to the {inactive} features of level 0 "
+                "that are not active"
+            )
         self.n_embd = n_embd
         self.t = n_embd.bit_length() - 1
         self.n = self.levels[-1].n
         self.score_standardize = score_standardize
         self.forward_standardized = forward_standardized
         self.dense_gradient = dense_gradient
+        self.near_misses = near_misses
         self.edits = []
         self.record = None
         self.forwards = 0  # in training, since update_stats()
@@ -763,6 +773,11 @@ class CayleySAE(nn.Module):
         shifted = [i + where.start for i, where in zip(per_level, self.level_slices)]
         return torch.cat(shifted, 1)
 
+    def _flat(self, x):
+        """x (..., d) as the operators take it, (N, d)."""
+        flat = x.reshape(-1, self.n_embd)
+        return flat.to(_autocast_dtype(x.device) or flat.dtype)
+
     def encode(self, x):
         """
         x (..., d) -> [Codes of level 0, Codes of level 1, ...].
@@ -773,8 +788,7 @@ class CayleySAE(nn.Module):
             raise ValueError(
                 f"input of shape {tuple(x.shape)}: must be (..., tokens, n_embd={self.n_embd})"
             )
-        flat = x.reshape(-1, self.n_embd)
-        flat = flat.to(_autocast_dtype(x.device) or flat.dtype)
+        flat = self._flat(x)
         scale, shift = self.standardization()
         ids, values = select(flat, scale, self.bias.detach() + shift, self.plan)  # (N, K)
         features = self._among_all(ids)
@@ -810,7 +824,23 @@ class CayleySAE(nn.Module):
         out = self.decode(codes)
         if self.training and self.dense_gradient:
             out = out + self.dense_gradient * (x - x.detach()).to(out.dtype)  # plus 0
+        if self.training and self.near_misses:
+            near = self._project_on_near_misses(x)
+            out = out + (near - near.detach()).to(out.dtype)  # plus 0
         return out
+
+    def _project_on_near_misses(self, x):
+        """x (..., d) -> its part along the top level's near misses, orthonormal atoms, (..., d)."""
+        n, k, _ = self.levels[0]
+        where = self.level_slices[0]
+        scale, shift = self.standardization()
+        offset = self.bias.detach() + shift
+        plan = [n, k + self.near_misses, n]
+        ids, products = select(self._flat(x), scale[where], offset[where], plan)
+        ids = ids[:, k:].contiguous()
+        weights = products[:, k:] * 2 ** (-self.t / 2)
+        weights = weights.to(_autocast_dtype(x.device) or weights.dtype)
+        return combine(ids, weights.contiguous(), self.t, n).view(x.shape)
 
     def edit(self, codes, edits):
         """

@@ -31,12 +31,14 @@ class GPTConfig:
     score_standardize: bool = True
     forward_standardized: bool = True
     dense_gradient: float = 0.0
+    near_misses: int = 0
 
     def __post_init__(self):
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type is int and value < 1:
-                raise ValueError(f"{field.name}={value}: must be at least 1")
+            if field.type is int and value < min(1, field.default):
+                raise ValueError(
+                    f"{field.name}={value}: must be at least {min(1, field.default)}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
 
@@ -118,6 +120,7 @@ class Block(nn.Module):
                 config.score_standardize,
                 config.forward_standardized,
                 config.dense_gradient,
+                config.near_misses,
             )
         self.mlp = MLP(config)
 

@@ -187,7 +187,8 @@ def levels(model):
         opened = shown(2 ** sae.block_bits[i]) if gated else "all are open"
         rows.append((i, shown(2**n), k, opened))
     switches = (
-        "per_parent_budget", "score_standardize", "forward_standardized", "dense_gradient"
+        "per_parent_budget", "score_standardize", "forward_standardized", "dense_gradient",
+        "near_misses",
     )
     return table(("level", "features", "active", "opened by an active parent"), rows) + (
         "\n" + ", ".join(f"{name}={getattr(args, name)}" for name in switches) + "\n")

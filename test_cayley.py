@@ -220,6 +220,28 @@ def test_dense_gradient_goes_around_the_code_in_training_alone():
         torch.testing.assert_close(grad_x, plain_x + 0.5 * weight * training)
 
 
+def test_near_misses_hand_their_part_of_the_gradient_on_in_training_alone():
+    torch.manual_seed(0)
+    x = torch.randn(3, 7, 64, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn_like(x)
+    for training in (True, False):
+        results = []
+        for near_misses in (0, 4):
+            torch.manual_seed(1)
+            sae = random_sae(64, "6,5,0;9,6,16").double().train(training)
+            sae.near_misses = near_misses
+            output = sae(x)
+            results.append((output, *torch.autograd.grad((output * weight).sum(), [x, sae.bias])))
+        (plain, plain_x, plain_bias), (output, grad_x, grad_bias) = results
+        assert torch.equal(output, plain) and torch.equal(grad_bias, plain_bias)
+        atoms = sae.atoms(0, range(64))
+        score = (x @ atoms.T - sae.mean[:64]) / sae.var[:64].sqrt() + sae.bias[:64]
+        ids = score.topk(9).indices[..., 5:]
+        near = torch.nn.functional.one_hot(ids, 64).sum(-2).double()  # (3, 7, 64)
+        expected = (weight @ atoms.T * near) @ atoms
+        torch.testing.assert_close(grad_x, plain_x + expected * training)
+
+
 @pytest.mark.parametrize("n_embd, levels", LARGE)
 def test_full_size_layer_in_float32(n_embd, levels):
     torch.manual_seed(0)
@@ -359,7 +381,7 @@ def test_constant_input_never_divides_by_zero():
 
 def test_compiles_without_graph_breaks():
     torch.manual_seed(0)
-    sae = CayleySAE(32, "5,4,0;9,5,16", dense_gradient=1.0)
+    sae = CayleySAE(32, "5,4,0;9,5,16", dense_gradient=1.0, near_misses=4)
     x = torch.randn(2, 8, 32)
     expected = sae(x)
     torch.testing.assert_close(torch.compile(sae, fullgraph=True, backend="aot_eager")(x), expected)
@@ -392,6 +414,7 @@ def edited(*edit):
     (lambda: CayleySAE(1024, "10,16,0;15,300,256"), ["1 to the 256"]),
     (lambda: CayleySAE(1024, "10,2000,0"), ["1 to the 1024"]),
     (lambda: CayleySAE(1024, "10,0,0"), ["1 to the 1024"]),
+    (lambda: CayleySAE(64, "6,5,0", near_misses=60), ["near_misses=60", "59"]),
 ])
 def test_errors_name_the_value_and_the_fix(call, words):
     with pytest.raises(ValueError) as error:

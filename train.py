@@ -71,6 +71,7 @@ per_parent_budget = True  # only features in the blocks of active parents compet
 score_standardize = True  # select features by their standardised score
 forward_standardized = True  # and hand that score to the MLP
 dense_gradient = 0.0  # weight of the MLP input's gradient that goes around the code
+near_misses = 0  # features of level 0 after the active ones that the gradient reaches too
 # optimizers: Muon for the matrices of the blocks, AdamW for the rest
 muon_lr = 1.2e-2
 muon_min_lr = 1.5e-4

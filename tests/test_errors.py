@@ -20,6 +20,8 @@ TRAIN = [
     ("--block_size=-1", "block_size=-1", "at least 1"),
     ("--block_size=0", "block_size=0", "at least 1"),
     ("--dense_gradient=-1", "dense_gradient=-1", "not negative"),
+    ("--near_misses=-1", "near_misses=-1", "at least 0"),
+    ("--near_misses=2000", "near_misses=2000", "level 0"),
     ("--momentum=1.0", "momentum=1.0", "below 1"),
     ("--seed=1e20", "seed=1", "below 2^63"),
     ("--muon_lr=1e999", "muon_lr=inf", "finite"),
