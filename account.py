@@ -134,9 +134,13 @@ def activation_bytes(config, n_tokens, bf16=True, fused_norm=True):
 
 def sae_activation_bytes(config):
     """Of a CayleySAE, a token: ids for select, for combine and for the bias; the codes' scales."""
-    active = sum(level.k for level in layer_levels(config))
+    levels = layer_levels(config)
+    active = sum(level.k for level in levels)
     scales = 4 if config.forward_standardized else 0
-    return active * (3 * 8 + scales)
+    near = 0
+    if levels and config.near_misses:
+        near = 8 * (levels[0].k + 2 * config.near_misses)  # ids for another select and combine
+    return active * (3 * 8 + scales) + near
 
 
 def loss_bytes(config, n_tokens, bf16=True, compiled=False):

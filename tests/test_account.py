@@ -14,10 +14,11 @@ BATCH = 8
 LEVELS = ("", "6,8,0;9,16,16", "6,8,0;8,16,16;10,16,32")
 
 
-def make(levels):
+def make(levels, near_misses=0):
     torch.manual_seed(0)
     config = GPTConfig(
-        n_layer=2, n_embd=64, n_head=2, block_size=128, vocab_size=2048, cayley_levels=levels
+        n_layer=2, n_embd=64, n_head=2, block_size=128, vocab_size=2048, cayley_levels=levels,
+        near_misses=near_misses,
     )
     return config, GPT(config), torch.randint(2048, (BATCH, 129))
 
@@ -66,6 +67,15 @@ def test_activations_are_what_a_forward_saves(levels, bf16):
     parts = account.memory_account(config, BATCH, bf16=bf16, fused_norm=False)
     expected = parts["activations"] + parts["weights in bf16"] + parts["loss"] / 3
     assert saved_bytes(model, model, idx, bf16) == pytest.approx(expected, rel=0.02)
+
+
+def test_activations_of_near_misses():
+    saved, accounted = [], []
+    for near_misses in (0, 32):
+        config, model, idx = make(LEVELS[1], near_misses)
+        saved.append(saved_bytes(model, model, idx, bf16=True))
+        accounted.append(account.activation_bytes(config, BATCH * 128))
+    assert saved[1] - saved[0] == accounted[1] - accounted[0]
 
 
 def test_activations_of_a_compiled_forward():
