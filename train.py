@@ -146,9 +146,12 @@ def check_settings():
         raise ValueError(f"seed={seed}: must be below 2^63")
     if not 0 <= warmdown_frac <= 1:
         raise ValueError(f"warmdown_frac={warmdown_frac}: must be from 0 to 1")
-    if lr_schedule == "parity" and not target_val_loss > 0:
+    if lr_schedule == "parity" and not 0 < target_val_loss < math.inf:
         raise ValueError(f"target_val_loss={target_val_loss}: lr_schedule='parity' needs the loss "
                          "to reach, in nats per token")
+    if lr_schedule != "parity" and target_val_loss:
+        raise ValueError(f"target_val_loss={target_val_loss}: lr_schedule={lr_schedule!r} knows no "
+                         "target, only 'parity' does: --target_val_loss=0.0")
 
 
 def last_iter(parity_start=-1):
@@ -405,6 +408,26 @@ def sae_health(run):
     return health
 
 
+def follow_parity(state, val_loss, master):
+    """Begin the warmdown where val loss has come into the band, and say how the run ended."""
+    in_band = val_loss <= target_val_loss + parity_band
+    words = ""
+    if state.parity_start < 0 and in_band and state.iter >= warmup_iters:
+        state.parity_start = state.iter
+        words = (f"val loss is within {parity_band} of {target_val_loss}: warmdown to iteration "
+                 f"{state.end}")
+        if state.end < state.iter + parity_iters:
+            words += f", where max_iters={max_iters} cuts its {parity_iters} iterations short"
+    elif state.iter >= state.end and state.parity_start < 0:
+        words = (f"val loss never came within {parity_band} of {target_val_loss}, and the learning "
+                 "rate never fell: a larger --max_iters goes on")
+    elif state.iter >= state.end:
+        reached = "reached" if val_loss <= target_val_loss else "not reached"
+        words = f"target_val_loss={target_val_loss} is {reached}"
+    if master and words:
+        print(f"iter {state.iter}: {words}")
+
+
 def evaluate(run, state, log):
     """Validate, log, and save; True if a signal stopped it."""
     val_loss = validate(run)
@@ -414,12 +437,8 @@ def evaluate(run, state, log):
     state.evaluated = state.iter
     best = val_loss < state.best_val_loss
     state.best_val_loss = min(state.best_val_loss, val_loss)
-    in_band = val_loss <= target_val_loss + parity_band
-    if lr_schedule == "parity" and state.parity_start < 0 and in_band:
-        state.parity_start = state.iter
-        if run.ranks.master:
-            print(f"iter {state.iter}: val loss is within {parity_band} of {target_val_loss}: "
-                  f"warmdown to iteration {state.end}")
+    if lr_schedule == "parity":
+        follow_parity(state, val_loss, run.ranks.master)
     if run.ranks.master:
         tokens = state.windows_read * block_size
         log.write({"iter": state.iter, "tokens": tokens, "val_loss": val_loss, **health})
@@ -623,6 +642,8 @@ def resume(run, state):
         raise ValueError(f"{out_path('last.pt')}: it doesn't fit this model ({reason})") from None
     for field in fields(state):
         setattr(state, field.name, checkpoint.get(field.name, field.default))
+    if lr_schedule != "parity":
+        state.parity_start = -1  # another schedule has no such warmdown, nor its end
     if run.ranks.master:
         print(f"goes on from {out_path('last.pt')} after {state.iter} iterations"
               + changed_settings(checkpoint["config"], run.config))
@@ -956,7 +977,12 @@ def main():
     config = configure(globals())
     check_settings()
     if dry_run:
-        corners = (0, warmup_iters, int((1 - warmdown_frac) * max_iters), max_iters)
+        corners = [0, warmup_iters, max_iters]
+        if lr_schedule == "parity":
+            print(f"parity: flat until val loss is within {parity_band} of {target_val_loss}, then "
+                  f"a warmdown of {parity_iters} iterations, and the end")
+        else:
+            corners.append(int((1 - warmdown_frac) * max_iters))
         rates = {}
         for it in corners:
             rates[it] = get_lr(it, muon_lr, muon_min_lr), get_lr(it, adamw_lr, adamw_min_lr)
@@ -984,8 +1010,9 @@ def main():
                   f"{meter.tokens_per_iter:,} tokens an iteration, "
                   f"{len(run.train_windows):,} training windows")
             if state.iter >= state.end:
+                longer = "max_iters" if state.end == max_iters else "parity_iters"
                 print(f"{out_path('last.pt')} has its {state.iter} iterations already: a larger "
-                      "--max_iters goes on")
+                      f"--{longer} goes on")
         choose_kernels(run)
         stopped = train(run, state, log)
         if ranks.master:

@@ -323,11 +323,32 @@ def test_parity_warms_down_at_its_threshold_and_ends(data_dir, tmp_path):
     assert resumed.returncode == 0, resumed.stderr
     assert log_rows(tmp_path / "parts") == log_rows(tmp_path / "whole")
     assert log_rows(tmp_path / "parts", "muon_lr") == log_rows(tmp_path / "whole", "muon_lr")
+    # another schedule knows neither parity's warmdown nor its end
+    other = dict(lr_schedule="constant", max_iters=30)
+    result = run_training(data_dir, tmp_path / "whole", init_from="resume", **other)
+    assert result.returncode == 0, result.stderr
+    rates = log_rows(tmp_path / "whole", "muon_lr")
+    assert {float(rates[it]) for it in (27, 28, 29)} == {0.012}
 
 
-def test_parity_needs_a_target(data_dir, tmp_path):
-    result = run_training(data_dir, tmp_path / "run", lr_schedule="parity")
-    assert result.returncode == 1 and "target_val_loss=0.0" in result.stderr
+def test_parity_says_how_it_ended(data_dir, tmp_path):
+    parity = dict(lr_schedule="parity", max_iters=12, eval_interval=6)
+    result = run_training(data_dir, tmp_path / "never", target_val_loss=0.1, **parity)
+    assert "never came within 0.207 of 0.1" in result.stdout
+    parity.update(target_val_loss=5.4, parity_band=0.3, parity_iters=100)
+    result = run_training(data_dir, tmp_path / "cut", **parity)
+    assert "max_iters=12 cuts its 100 iterations short" in result.stdout
+    assert "iter 12: target_val_loss=5.4 is reached" in result.stdout
+
+
+@pytest.mark.parametrize("words, message", [
+    ({"lr_schedule": "parity"}, "target_val_loss=0.0"),
+    ({"lr_schedule": "parity", "target_val_loss": "1e999"}, "target_val_loss=inf"),
+    ({"target_val_loss": 3.0}, "'linear_warmdown' knows no target"),
+])
+def test_parity_needs_a_target(data_dir, tmp_path, words, message):
+    result = run_training(data_dir, tmp_path / "run", **words)
+    assert result.returncode == 1 and message in result.stderr
 
 
 # -----------------------------------------------------------------------------
