@@ -349,7 +349,9 @@ def absorption(atoms, fit, score, fit_x, score_x, fit_letters, score_letters):
     - full: no main feature is active, and the largest part has cosine >= 0.025 and is at least 0.4
       of the projection.
     Two departures: words are read where they stand in the text, not in a spelling prompt, and main
-    features are ranked by mean difference, not by an L1 probe.
+    features are ranked by mean difference, not by an L1 probe. The fractions compare parts with the
+    projection, and so take codes for what adds up to x; those of a CayleySAE are in units of each
+    feature's standard deviation and don't, so compare its rows with each other only.
 
     atoms (n_features, d); letters (N,): of tokens that are whole words 0..25, -1 elsewhere. Tables
     and x are of the same N tokens. Returns fraction, full, the probes' mean F1 and the number of
@@ -360,13 +362,14 @@ def absorption(atoms, fit, score, fit_x, score_x, fit_letters, score_letters):
     atoms = atoms.cpu()
     norms = atoms.norm(dim=1).numpy()
     rows = []
+    f1s = []
     for letter in range(26):
         truth = score_letters == letter
         if truth.sum() < FEWEST or (fit_letters == letter).sum() < FEWEST:
             continue
         found = (score_x @ w[letter] + b[letter] > 0).numpy() & on_score
         hits = np.flatnonzero(found & truth)
-        f1 = 2 * len(hits) / (found.sum() + truth.sum())
+        f1s.append(2 * len(hits) / (found.sum() + truth.sum()))
         direction = F.normalize(w[letter], dim=0)
         cosines = F.cosine_similarity(atoms, direction[None]).numpy()
         main = main_features(fit, fit_letters == letter)
@@ -374,11 +377,12 @@ def absorption(atoms, fit, score, fit_x, score_x, fit_letters, score_letters):
         results = [word_absorption(codes * norms * cosines, cosines, main, projection)
                    for codes, projection in zip(score.at(hits), projections)]
         if results:
-            rows.append([*np.mean(results, axis=0), f1])
+            rows.append(np.mean(results, axis=0))
     if not rows:
         return None
-    fraction, full, f1 = np.mean(rows, axis=0).tolist()
-    return {"fraction": fraction, "full": full, "probe_f1": f1, "letters": len(rows)}
+    fraction, full = np.mean(rows, axis=0).tolist()
+    return {"fraction": fraction, "full": full, "probe_f1": float(np.mean(f1s)),
+            "letters": len(rows)}
 
 
 def word_letters(ids, encoding):

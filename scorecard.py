@@ -18,11 +18,17 @@ score is of the val split's documents. Intervals are 95%, from 1,000 resamples o
 Site: the input of a layer's MLP after the second norm, where the CayleySAE is; post-hoc SAEs are
 fitted to that place of the dense twin, with Cayley's number of features and of active features.
 
+Loss: of the val split's windows, differences paired by window. KL is that of the row's
+distribution to its reference's, KL(reference || row): the dense twin is the reference of Cayley and
+of the spliced SAEs, Cayley as it is that of Cayley with dense inputs.
+
 Rows: a feature's score at a token is its code as the MLP gets it, with its sign, and 0 where it is
 not active; either end of it may predict. "untrained code": a CayleySAE with the statistics of the
 dense twin's inputs and biases of 0. "random dictionary": the same layer with random atoms. "random
 model": Cayley's architecture with fresh weights, its statistics those of the data. "current token":
-the share of a token's occurrences that have the label, which needs no model.
+the share of a token's occurrences that have the label, which needs no model. "always yes": the F1
+that is to be had without any; a row may stay below it, since a sparse feature can only predict
+where it is active. Balanced accuracy and AUC have the same floor, 0.5, in all rows.
 
 Sparse probing, after SAEBench's sparse_probing and sae-probes, at tokens.
 - one feature: predicted where its code is at least a positive threshold, or at most a negative one.
@@ -36,9 +42,10 @@ Causal. A label's probability is the sum over next tokens of the model's probabi
 of that token's occurrences that have the label. Steering adds a multiple of the best feature's
 atom to the MLP's input at all tokens, so much that KL(before || after) is 0.1 nats a token; share
 is the change of the label's probability, over what the gradient of that probability, a direction
-found on training documents, achieves at the same KL. Ablation takes a feature's contribution
-away; specificity is mean |change| where the next token has the label over the sum of that and of
-the mean |change| elsewhere: one half is no specificity.
+found on training documents, achieves at the same KL: a mean over the labels that the gradient
+raises. Ablation takes a feature's contribution away; specificity is mean |change| where the next
+token has the label over the sum of that and of the mean |change| elsewhere: one half is no
+specificity.
 
 Absorption (GPT-2 BPE only): see absorption() in probing.py.
 
@@ -57,6 +64,8 @@ import io
 import json
 import math
 import os
+import sys
+import zipfile
 from dataclasses import dataclass
 from html import escape
 from typing import Any, NamedTuple
@@ -78,6 +87,7 @@ from probing import (
     Table,
     absorption,
     metrics,
+    outcome,
     probe_one,
     probe_some,
     probe_token,
@@ -142,11 +152,21 @@ class Parts:
         safe = "".join(c if c.isalnum() else "_" for c in name)
         directory = self.sae_directory if "SAE" in name else self.directory
         path = os.path.join(directory, f"{safe}.pt")
-        if not os.path.exists(path):
-            value = compute()
+        if not is_whole(path):
+            content = io.BytesIO()
+            torch.save(compute(), content)
             with atomic(path, "wb") as file:
-                torch.save(value, file)
+                file.write(content.getbuffer())  # torch.save has no OSError for a full disk
         return torch.load(path, weights_only=True)
+
+
+def is_whole(path):
+    """Whether a part is there and undamaged; torch.load reads past wrong checksums."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (FileNotFoundError, EOFError, zipfile.BadZipFile):
+        return False
 
 
 def file_digest(path):
@@ -189,10 +209,17 @@ def user_labels(path, split, n_tokens):
         with np.load(path) as file:
             names = [str(name) for name in file["names"]]
             values = file[split]
-    except (OSError, KeyError, ValueError) as error:
-        raise ValueError(f"{path}: labels need the arrays names, train and val ({error})") from None
+    except (OSError, KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: labels must be an .npz with the arrays names, train and val "
+                         f"({error})") from None
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"{path}: names must be one or more different labels, not {names}")
     if values.ndim != 2 or values.shape[1] != len(names) or not len(values):
         raise ValueError(f"{path}: {split} is {values.shape}, it must be (tokens, {len(names)})")
+    wrong = values[~np.isin(values, (1, 0, UNKNOWN))]
+    if values.dtype.kind not in "biu" or len(wrong):
+        found = f"{wrong[0]!r}" if len(wrong) else f"{values.dtype}"
+        raise ValueError(f"{path}: {split} must hold the integers 1, 0 and {UNKNOWN}, not {found}")
     return names, values[:n_tokens].astype(np.int8)
 
 
@@ -215,7 +242,8 @@ def labelled(split_windows, split, encoding, n_stream, n_tokens, rng):
     starts = starts[np.array(known, dtype=bool)]
     if len(starts) < 2:
         raise ValueError(f"fewer than 2 windows of the {split} split have labels for all of their "
-                         f"{T + 1} tokens: give more data or other --labels")
+                         f"{T + 1} tokens: give other --labels, or more data by a larger "
+                         "--label_tokens and --score_tokens")
     starts = rng.permutation(starts)[:max(2, n_tokens // T)]
     where = starts[:, None] + np.arange(T + 1)  # (M, T + 1)
     return names, Labelled(ids[where], values[where] == 1, documents[where])
@@ -229,7 +257,12 @@ def usable_labels(names, fit, score):
         n = side.labels[:, :-1, 0].size
         kept &= (count >= FEWEST) & (n - count >= FEWEST)
     if not kept.any():
-        raise ValueError(f"no label has {FEWEST} tokens with it and without it in both splits")
+        raise ValueError(f"no label has {FEWEST} tokens with it and without it in both splits: "
+                         "larger --fit_tokens and --score_tokens, or other --labels")
+    left_out = [name for name, keep in zip(names, kept) if not keep]
+    if left_out:
+        print(f"labels left out, that fewer than {FEWEST} tokens have or lack: "
+              f"{', '.join(left_out)}", file=sys.stderr)
     names = [name for name, keep in zip(names, kept) if keep]
     fit = fit._replace(labels=fit.labels[..., kept])
     return names, fit, score._replace(labels=score.labels[..., kept])
@@ -371,7 +404,9 @@ def fitted_saes(model, windows, jobs, width, k, seed):
         prefixes = [width * share // 32 for share in (1, 3, 7, 15)] if kind == "Matryoshka" else ()
         saes.append(TopKSAE(model.config.n_embd, width, k, prefixes).to(on_device(model)))
     inputs = shuffled_inputs(model, windows, [layer for layer, _ in jobs], seed)
-    fit_saes(saes, inputs, max(1, sae_tokens // SAE_BATCH), sae_lr)
+    fit_saes(saes, inputs, sae_tokens // SAE_BATCH, sae_lr)
+    if not all(sae.W_dec.isfinite().all() for sae in saes):
+        raise ValueError(f"sae_lr={sae_lr}: the fit of an SAE diverged, take a smaller one")
     return saes
 
 
@@ -449,7 +484,7 @@ def random_model(config, windows, seed, target):
     """A GPT of a GPTConfig with fresh weights, its statistics those of windows (M, T)."""
     torch.manual_seed(seed)
     model = GPT(config).to(target)
-    idx = torch.from_numpy(windows[:batch_size]).to(target)
+    idx = torch.from_numpy(windows[:16]).to(target)
     settle(model, model.saes(), lambda: model(idx))
     return model
 
@@ -730,6 +765,10 @@ def load_pair(ckpt_path, dense_path, target):
         raise ValueError(f"ckpt={ckpt_path}: it has no CayleySAE: give the dense twin as --dense")
     if twin.saes():
         raise ValueError(f"dense={dense_path}: it is no dense model, it has a CayleySAE")
+    fingerprints = {c["data"] for c in checkpoints if "data" in c}
+    if len(fingerprints) > 1:
+        raise ValueError(f"{ckpt_path} and {dense_path} were trained on different data: they are "
+                         "no twins")
     for key in ("n_embd", "n_layer", "block_size", "vocab_size"):
         sizes = [getattr(model.config, key) for model in models]
         if sizes[0] != sizes[1]:
@@ -808,6 +847,14 @@ class Reader:
                                self.fit_labels, self.score_labels, self.documents)
         return {"one": stacked(outcomes), "five": stacked(outcomes)}
 
+    def constant_row(self):
+        """The row of saying yes at every token."""
+        outcomes = []
+        for truth in self.score_labels.T:
+            scores = np.zeros(len(truth))
+            outcomes.append(outcome(scores, scores == 0, truth, self.documents))
+        return {"one": stacked(outcomes), "five": stacked(outcomes)}
+
     def row(self, arm):
         """Every score of an Arm, tensors and plain values."""
         fit_x, score_x = self.inputs(arm.model)
@@ -825,8 +872,10 @@ class Reader:
         if arm.atoms is not None and arm.model in (self.pair.cayley, self.pair.dense):
             result["causal"] = causal_scores(arm, self.stage(arm.model), probes)
         if self.data.encoding.name == "gpt2" and fit.dense is None:
-            letters = [word_letters(ids.ravel(), self.data.encoding)
-                       for ids in (self.fit_ids, self.score_ids)]
+            letters = []
+            for windows in (self.fit_ids, self.score_ids):
+                rows = [word_letters(ids, self.data.encoding) for ids in windows]
+                letters.append(np.concatenate(rows))
             result["absorption"] = absorption(arm.atoms, fit, score, fit_x, score_x, *letters)
         return result
 
@@ -889,7 +938,10 @@ def read_rows(pair, data, layer, fitted, parts):
     def compute(make):
         return reader.row(make())
 
-    rows = {"current token": [parts.get(f"layer {layer} current token", reader.token_row)]}
+    rows = {
+        "current token": [parts.get(f"layer {layer} current token", reader.token_row)],
+        "always yes": [parts.get(f"layer {layer} always yes", reader.constant_row)],
+    }
     for name, seeded in tqdm(makers.items(), desc=f"rows of layer {layer}", disable=None):
         rows[name] = []
         for seed, make in enumerate(seeded):
@@ -995,6 +1047,8 @@ def summary(runs, reference):
               "over_seeds": spread([[value[0] for value in of_pair] for of_pair in runs])}
     if reference is not None:
         other = np.mean([value for of_pair in reference for value in of_pair], axis=0)
+        if np.isnan(other[0]):
+            return result
         gaps = [np.mean([v[0] for v in a]) - np.mean([v[0] for v in b])
                 for a, b in zip(runs, reference)]
         result["difference"] = float(mean[0] - other[0])
@@ -1071,7 +1125,7 @@ def make_rows(per_pair, data):
 def order(name):
     """Where a row stands in the tables."""
     names = ("Cayley", "TopK SAE on C", REFERENCE, "Matryoshka", "dense c", "dense M", "untrained",
-             "random d", "random m", "current")
+             "random d", "random m", "current", "always")
     return [name.startswith(start) for start in names].index(True), name
 
 
@@ -1120,8 +1174,11 @@ def against_reference(number):
     """Text of a summary's difference to the reference row."""
     if number is None or "difference" not in number:
         return ""
-    low, high = number["difference_interval"]
-    return f"{number['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
+    text = f"{number['difference']:+.3f}"
+    if number["difference_interval"]:
+        low, high = number["difference_interval"]
+        text += f" [{low:+.3f}, {high:+.3f}]"
+    return text
 
 
 def markdown(columns, rows):
@@ -1182,7 +1239,8 @@ def absorption_table(rows):
     cells = []
     for row in rows:
         if row["absorption"]:
-            cells.append([row["name"], *(f"{value:.3f}" for value in row["absorption"].values())])
+            *scores, n_letters = row["absorption"].values()
+            cells.append([row["name"], *(f"{score:.3f}" for score in scores), f"{n_letters:.0f}"])
     if not cells:
         return []
     return markdown(["absorption", "fraction", "full", "probe F1", "letters"], cells)
@@ -1280,15 +1338,20 @@ def chart(rows):
 
 def check_settings():
     """Raise ValueError for a setting that makes no sense, before anything is loaded."""
-    least = {"seeds": 1, "sae_tokens": 1, "label_tokens": 1, "fit_tokens": 1, "score_tokens": 1,
-             "causal_tokens": 1, "n_windows": 2, "batch_size": 1}
+    least = {"seeds": 1, "sae_tokens": SAE_BATCH, "label_tokens": 1, "fit_tokens": 1,
+             "score_tokens": 1, "causal_tokens": 1, "n_windows": 2, "batch_size": 1}
     for key, smallest in least.items():
         if globals()[key] < smallest:
             raise ValueError(f"{key}={globals()[key]}: must be at least {smallest}")
-    if not sae_lr > 0:
-        raise ValueError(f"sae_lr={sae_lr}: must be above 0")
+    if not 0 < sae_lr < math.inf:
+        raise ValueError(f"sae_lr={sae_lr}: must be above 0 and finite")
     if not dense:
         raise ValueError("dense='': give the dense twin's checkpoint, --dense=dense.pt")
+    for key in ("ckpt", "dense"):
+        paths = globals()[key].split(",")
+        if "" in paths or len(set(paths)) < len(paths):
+            raise ValueError(f"{key}={globals()[key]!r}: write different checkpoints with a comma "
+                             "between two of them")
     n_ckpt, n_dense = len(ckpt.split(",")), len(dense.split(","))
     if n_ckpt != n_dense:
         raise ValueError(f"{n_ckpt} checkpoints in --ckpt and {n_dense} in --dense: there must be "
@@ -1313,6 +1376,7 @@ def header(pairs, data, at_layers):
     cayley = pairs[0].cayley
     width, k = code_shape(cayley.saes()[0])
     n_parameters = cayley.get_num_params()
+    n_documents = int(data.score.documents.max()) + 1
     lines = {
         "Cayley": f"{ckpt}, levels {cayley.config.cayley_levels}",
         "dense": dense,
@@ -1326,17 +1390,19 @@ def header(pairs, data, at_layers):
         "seeds": f"{len(pairs)} of training, {seeds} of post-hoc SAEs each",
         "data": f"{data.fit.windows[:, :-1].size:,} tokens to fit on, "
                 f"{data.score.windows[:, :-1].size:,} of "
-                f"{int(data.score.documents.max()) + 1} documents to score",
+                f"{n_documents} documents to score, {causal_tokens:,} of them to steer",
         "labels": ", ".join(data.names),
     }
+    if n_documents < 5:
+        lines["intervals"] = f"over {n_documents} documents, they say little: more --score_tokens"
     if data.encoding.name == "gpt2" and n_parameters < 1e9:
         lines["warning"] = ("absorption is made for models that can spell, SAEBench's default "
                             f"being Gemma-2-2B; this one has {n_parameters:,} parameters")
     return lines
 
 
-def load_all(target):
-    """Every Pair, and the Data that all share. Raises ValueError where they can't."""
+def load_pairs(target):
+    """Every Pair, and a run's configuration. Raises ValueError where they don't go together."""
     pairs, configs = [], []
     for paths in zip(ckpt.split(","), dense.split(",")):
         pair, pair_configs = load_pair(*paths, target)
@@ -1349,15 +1415,16 @@ def load_all(target):
     levels = {pair.cayley.config.cayley_levels for pair in pairs}
     if len(levels) > 1:
         raise ValueError(f"the checkpoints differ in cayley_levels: {sorted(levels)}")
-    return pairs, load_data(configs[0])
+    return pairs, configs[0]
 
 
 def main():
     config = configure(globals())
     check_settings()
     target = pick_device(device)
-    pairs, data = load_all(target)
+    pairs, run_config = load_pairs(target)
     at_layers = chosen_layers(len(pairs[0].cayley.blocks))
+    data = load_data(run_config)
     with lock(out_dir):
         read = [read_pair(pair, data, at_layers)
                 for pair in tqdm(pairs, desc="pairs", unit="pair", disable=None)]

@@ -286,6 +286,22 @@ def test_swapped_arms_swap_the_table(monkeypatch):
         assert 0.1 < low <= difference <= high
 
 
+def test_a_row_without_a_number_has_no_difference():
+    nothing = np.full(5, np.nan)
+    number = scorecard.summary([[np.arange(5.0)]], [[nothing]])
+    assert "difference" not in number and scorecard.against_reference(number) == ""
+    assert scorecard.summary([[nothing]], None) is None
+
+
+def test_a_fit_that_diverges_is_said(models, monkeypatch):
+    x = iter(lambda: [torch.randn(1024, 32)], None)
+    monkeypatch.setattr(scorecard, "shuffled_inputs", lambda *arguments: x)
+    monkeypatch.setattr(scorecard, "sae_tokens", 20 * 1024)
+    monkeypatch.setattr(scorecard, "sae_lr", 1e30)
+    with pytest.raises(ValueError, match="sae_lr=1e[+]30: the fit of an SAE diverged"):
+        scorecard.fitted_saes(models[1], None, [(0, "TopK")], 64, 4, seed=0)
+
+
 def test_spread_is_over_training_seeds_and_not_over_saes():
     runs = [[np.full(3, 1.0), np.full(3, 3.0)], [np.full(3, 4.0), np.full(3, 4.0)]]
     number = scorecard.summary(runs, None)
@@ -504,7 +520,7 @@ def test_the_command_goes_on_where_it_stopped(trained, twin, tmp_path):
     out_dir = tmp_path / "card"
     result = run_scorecard(trained, twin, out_dir)
     assert result.returncode == 0, result.stderr
-    for name in ("Cayley, level 1", "TopK SAE on Cayley's input", "random model", "current token"):
+    for name in ("Cayley, level 1", "TopK SAE on Cayley's input", "random model", "always yes"):
         assert f"| {name} |" in result.stdout
     card = json.loads((out_dir / "scorecard.json").read_text())
     losses = {row["name"]: row for row in card["losses"]}
@@ -520,8 +536,11 @@ def test_the_command_goes_on_where_it_stopped(trained, twin, tmp_path):
     parts = sorted((out_dir / "parts").glob("*/*.pt"))
     kept, lost = parts[::2], parts[1::2]
     times = [path.stat().st_mtime_ns for path in kept]
-    for path in lost:
+    for path in lost[1:]:
         path.unlink()
+    content = bytearray(lost[0].read_bytes())
+    content[len(content) // 2] ^= 1
+    lost[0].write_bytes(content)  # a damaged part is computed again
     again = run_scorecard(trained, twin, out_dir)
     assert again.returncode == 0, again.stderr
     assert [path.stat().st_mtime_ns for path in kept] == times
@@ -553,11 +572,37 @@ def test_labels_of_a_file(data_dir, tmp_path):
         scorecard.labels = ""
 
 
+@pytest.mark.parametrize("arrays, message", [
+    (dict(names=["a"], train=[[0.7]]), "train must hold the integers 1, 0 and -1, not .*0.7"),
+    (dict(names=["a"], train=[[1], [2]]), "train must hold the integers 1, 0 and -1, not .*2"),
+    (dict(names=["a", "a"], train=[[1, 0]]), "different labels"),
+    (dict(names=["a"], train=[1, 0]), r"train is \(2,\), it must be \(tokens, 1\)"),
+    (dict(names="a", train=[[1]]), "labels must be an .npz"),
+    (dict(names=["a"]), "labels must be an .npz"),
+])
+def test_labels_of_a_file_that_make_no_sense(tmp_path, arrays, message):
+    path = tmp_path / "mine.npz"
+    np.savez(path, **arrays)
+    with pytest.raises(ValueError, match=message):
+        scorecard.user_labels(str(path), "train", 10)
+
+
+def test_labels_that_are_no_npz(tmp_path):
+    path = tmp_path / "mine.npz"
+    for content in (b"", b"text", b"PK\3\4"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="labels must be an .npz"):
+            scorecard.user_labels(str(path), "train", 10)
+
+
 @pytest.mark.parametrize("settings, message", [
     (dict(ckpt="a", dense=""), "give the dense twin's checkpoint"),
     (dict(ckpt="a", dense="a,b"), "1 checkpoints in --ckpt and 2 in --dense"),
     (dict(dense="a", seeds=0), "seeds=0: must be at least 1"),
     (dict(dense="a", sae_lr=math.nan), "sae_lr=nan: must be above 0"),
+    (dict(dense="a", sae_lr=math.inf), "sae_lr=inf: must be above 0 and finite"),
+    (dict(ckpt="a,b", dense="c,c"), "dense='c,c': write different checkpoints"),
+    (dict(ckpt="a,", dense="c"), "ckpt='a,': write different checkpoints"),
 ])
 def test_impossible_settings(monkeypatch, settings, message):
     for key, value in settings.items():
@@ -579,9 +624,13 @@ def test_a_mistake_is_one_line(tmp_path):
     assert len(result.stderr.strip().splitlines()) == 1
 
 
-def test_checkpoints_that_make_no_pair(trained, twin):
+def test_checkpoints_that_make_no_pair(trained, twin, tmp_path):
     cpu = torch.device("cpu")
     with pytest.raises(ValueError, match="it has no CayleySAE"):
         scorecard.load_pair(str(twin), str(twin), cpu)
     with pytest.raises(ValueError, match="it is no dense model"):
         scorecard.load_pair(str(trained), str(trained), cpu)
+    checkpoint = torch.load(twin / "ckpt.pt", weights_only=True)
+    torch.save({**checkpoint, "data": "other"}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="were trained on different data"):
+        scorecard.load_pair(str(trained), str(tmp_path / "other.pt"), cpu)

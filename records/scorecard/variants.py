@@ -7,36 +7,51 @@ Prints a row of variants.csv for each checkpoint and each of its levels: val los
 above the dense twin, F1 of the best feature and of 5, steering's share of the gradient's effect,
 the ablation's specificity, features that are never active, and what the code explains.
 """
+import csv
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import scorecard  # noqa: E402
+from configurator import run_main  # noqa: E402
+from model import pick_device  # noqa: E402
 
-words = [word for word in sys.argv[1:] if word.startswith("--")]
-variants = [word.split(": ") for word in sys.argv[1:] if not word.startswith("--")]
-scorecard.configure(vars(scorecard), words)
+NUMBERS = ("one_f1", "five_f1", "steering_share", "specificity")
 
-data = None
-print("variant,row,val_loss,minus_dense,one_f1,five_f1,steering_share,specificity,dead,explained")
-for name, path in variants:
-    pair, configs = scorecard.load_pair(path, scorecard.dense, torch.device("cpu"))
-    if data is None:
-        data = scorecard.load_data(configs[0])
-        once = scorecard.resamples(int(data.score.documents.max()) + 1)[:1]
-    layer = len(pair.dense.blocks) // 2
+
+def rows_of(name, path, target):
+    """Lists of cells for one checkpoint."""
+    pair, configs = scorecard.load_pair(path, scorecard.dense, target)
+    data = scorecard.load_data(configs[0])
+    once = scorecard.resamples(int(data.score.documents.max()) + 1)[:1]
+    (layer,) = scorecard.chosen_layers(len(pair.dense.blocks))
     reader = scorecard.Reader(pair, layer, data)
-    of_models = [scorecard.losses(model, data.val_windows, {}, model)[:, 0].mean().item()
-                 for model in (pair.cayley, pair.dense)]
+    loss, loss_of_dense = (
+        scorecard.losses(model, data.val_windows, {}, model)[:, 0].mean().item()
+        for model in (pair.cayley, pair.dense)
+    )
     for row, make in reader.arms().items():
-        if not row.startswith("Cayley"):
-            continue
-        result = reader.row(make())
-        numbers = scorecard.row_numbers(result, once, data.score.documents[:, 0])
-        values = [of_models[0], of_models[0] - of_models[1]]
-        for key in ("one_f1", "five_f1", "steering_share", "specificity"):
-            values.append(numbers[key][0])
-        values += [result["codes"]["dead"], result["codes"]["explained"]]
-        print(f'"{name}","{row}",' + ",".join(f"{value:.4f}" for value in values), flush=True)
+        if row.startswith("Cayley"):
+            result = reader.row(make())
+            numbers = scorecard.row_numbers(result, once, data.score.documents[:, 0])
+            values = [loss, loss - loss_of_dense, *(numbers[key][0] for key in NUMBERS)]
+            values += [result["codes"]["dead"], result["codes"]["explained"]]
+            yield [name, row, *(f"{value:.4f}" for value in values)]
+
+
+def main():
+    words = [word for word in sys.argv[1:] if word.startswith("--")]
+    variants = [word.partition(": ") for word in sys.argv[1:] if not word.startswith("--")]
+    scorecard.configure(vars(scorecard), words)
+    scorecard.check_settings()
+    if not variants or not all(path for _, _, path in variants):
+        raise ValueError('give one or more checkpoints as "name: cayley.pt"')
+    writer = csv.writer(sys.stdout)
+    writer.writerow(["variant", "row", "val_loss", "minus_dense", *NUMBERS, "dead", "explained"])
+    target = pick_device(scorecard.device)
+    for name, _, path in variants:
+        writer.writerows(rows_of(name, path, target))
+
+
+if __name__ == "__main__":
+    run_main(main)
