@@ -75,7 +75,6 @@ SETTINGS = {
     "dense gradient": f"{BASE} {DENSE_GRADIENT}",
     "k split 16 + 8, delta 16, dense gradient": f"{MOST_ON_TOP} {DENSE_GRADIENT}",
     "level 0 alone, 24 active, dense gradient": f"{ONE_LEVEL} {DENSE_GRADIENT}",
-    "near misses": f"{BASE} near_misses=16",
     "k split 16 + 8, delta 16, near misses": f"{MOST_ON_TOP} near_misses=32",
     "level 0 alone, 24 active, near misses": f"{ONE_LEVEL} near_misses=24",
     "k split 16 + 8, delta 16, dense gradient, revived":
@@ -92,6 +91,9 @@ LONG = [
     "k split 16 + 8, delta 16",
     "k split 16 + 8, delta 16, raw",
     "level 0 alone, 24 active, raw",
+    "k split 16 + 8, delta 16, dense gradient",
+    "k split 16 + 8, delta 16, dense gradient, revived",
+    "level 0 alone, 24 active, near misses",
 ]
 
 # -----------------------------------------------------------------------------
