@@ -1390,7 +1390,7 @@ def header(pairs, data, at_layers):
         "seeds": f"{len(pairs)} of training, {seeds} of post-hoc SAEs each",
         "data": f"{data.fit.windows[:, :-1].size:,} tokens to fit on, "
                 f"{data.score.windows[:, :-1].size:,} of "
-                f"{n_documents} documents to score, {causal_tokens:,} of them to steer",
+                f"{n_documents} documents to score, {causal_tokens:,} tokens to steer on",
         "labels": ", ".join(data.names),
     }
     if n_documents < 5:
