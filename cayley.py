@@ -808,7 +808,11 @@ class CayleySAE(nn.Module):
         return codes
 
     def decode(self, codes):
-        """Codes per level, of one or more features, -> the sum of values * atoms, (..., d)."""
+        """
+        Codes per level, of one or more features, -> the sum of values * atoms, (..., d).
+
+        Levels at the end may be missing.
+        """
         ids = _deepest([c.ids for c in codes], [level.n for level in self.levels])  # (..., K)
         values = torch.cat([c.values for c in codes], -1) * 2 ** (-self.t / 2)
         values = values.to(_autocast_dtype(values.device) or self.bias.dtype)
@@ -837,10 +841,8 @@ class CayleySAE(nn.Module):
         offset = self.bias.detach() + shift
         plan = [n, k + self.near_misses, n]
         ids, products = select(self._flat(x), scale[where], offset[where], plan)
-        ids = ids[:, k:].contiguous()
-        weights = products[:, k:] * 2 ** (-self.t / 2)
-        weights = weights.to(_autocast_dtype(x.device) or weights.dtype)
-        return combine(ids, weights.contiguous(), self.t, n).view(x.shape)
+        near = Codes(ids[:, k:], products[:, k:])
+        return self.decode([near]).view(x.shape)
 
     def edit(self, codes, edits):
         """

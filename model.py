@@ -35,10 +35,11 @@ class GPTConfig:
 
     def __post_init__(self):
         for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and value < min(1, field.default):
-                raise ValueError(
-                    f"{field.name}={value}: must be at least {min(1, field.default)}")
+            if field.type is int:
+                value = getattr(self, field.name)
+                least = min(1, field.default)
+                if value < least:
+                    raise ValueError(f"{field.name}={value}: must be at least {least}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
 
@@ -267,6 +268,13 @@ class GPT(nn.Module):
 # loading what train.py wrote
 
 
+def check_archive(path):
+    """Raise zipfile.BadZipFile for a damaged file of torch.save: torch.load may read past that."""
+    with zipfile.ZipFile(path) as archive:
+        if archive.testzip():
+            raise zipfile.BadZipFile("a checksum is wrong: the file was altered")
+
+
 def load_checkpoint(path, device="cpu"):
     """
     A checkpoint of train.py as a dict of tensors and plain values; of a directory its ckpt.pt.
@@ -277,9 +285,7 @@ def load_checkpoint(path, device="cpu"):
     if os.path.isdir(path):
         path = os.path.join(path, "ckpt.pt")
     try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip():  # torch.load reads past wrong checksums
-                raise ValueError("a checksum is wrong: the file was altered")
+        check_archive(path)
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         missing = {"model", "model_args", "config"} - checkpoint.keys()
     except FileNotFoundError:

@@ -261,6 +261,15 @@ def probe_token(rates, fit_ids, score_ids, fit_labels, score_labels, documents):
     return outcomes
 
 
+def probe_nothing(score_labels, documents):
+    """Saying yes at every token -> L Outcomes."""
+    outcomes = []
+    for truth in score_labels.T:
+        scores = np.zeros(len(truth))
+        outcomes.append(outcome(scores, scores == 0, truth, documents))
+    return outcomes
+
+
 def stacked(outcomes):
     """L Outcomes as tensors confusion (D, L, 4) and histogram (D, L, BINS, 2)."""
     return {

@@ -81,13 +81,13 @@ from configurator import configure, run_main
 from data import atomic, get_tokenizer, lock, run_windows, write_json, write_text
 from evals import covariances, explained, mean_and_error
 from labels import UNKNOWN, label_stream
-from model import GPT, build_model, load_checkpoint, pick_device
+from model import GPT, build_model, check_archive, load_checkpoint, pick_device
 from probing import (
     FEWEST,
     Table,
     absorption,
     metrics,
-    outcome,
+    probe_nothing,
     probe_one,
     probe_some,
     probe_token,
@@ -161,10 +161,10 @@ class Parts:
 
 
 def is_whole(path):
-    """Whether a part is there and undamaged; torch.load reads past wrong checksums."""
+    """Whether a part is there and undamaged."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
+        check_archive(path)
+        return True
     except (FileNotFoundError, EOFError, zipfile.BadZipFile):
         return False
 
@@ -218,7 +218,7 @@ def user_labels(path, split, n_tokens):
         raise ValueError(f"{path}: {split} is {values.shape}, it must be (tokens, {len(names)})")
     wrong = values[~np.isin(values, (1, 0, UNKNOWN))]
     if values.dtype.kind not in "biu" or len(wrong):
-        found = f"{wrong[0]!r}" if len(wrong) else f"{values.dtype}"
+        found = repr(wrong[0]) if len(wrong) else values.dtype
         raise ValueError(f"{path}: {split} must hold the integers 1, 0 and {UNKNOWN}, not {found}")
     return names, values[:n_tokens].astype(np.int8)
 
@@ -371,7 +371,6 @@ def settle(model_or_sae, saes, forward):
     model_or_sae.eval()
 
 
-# -----------------------------------------------------------------------------
 # -----------------------------------------------------------------------------
 # fitting post-hoc SAEs
 
@@ -750,6 +749,10 @@ class Data(NamedTuple):
     train: Any  # Windows, for the post-hoc SAEs
     key: dict  # what all this depends on
 
+    @property
+    def n_documents(self):
+        return int(self.score.documents.max()) + 1
+
 
 def load_pair(ckpt_path, dense_path, target):
     """Pair and the runs' configurations. Raises ValueError where the two don't make a pair."""
@@ -849,10 +852,7 @@ class Reader:
 
     def constant_row(self):
         """The row of saying yes at every token."""
-        outcomes = []
-        for truth in self.score_labels.T:
-            scores = np.zeros(len(truth))
-            outcomes.append(outcome(scores, scores == 0, truth, self.documents))
+        outcomes = probe_nothing(self.score_labels, self.documents)
         return {"one": stacked(outcomes), "five": stacked(outcomes)}
 
     def row(self, arm):
@@ -1096,8 +1096,7 @@ def label_f1(results, weights):
 
 def make_rows(per_pair, data):
     """The card's rows, of read_pair's rows for every pair."""
-    n_documents = int(data.score.documents.max()) + 1
-    weights = resamples(n_documents)
+    weights = resamples(data.n_documents)
     window_documents = data.score.documents[:, 0]
     rows = []
     reference = {}
@@ -1376,7 +1375,6 @@ def header(pairs, data, at_layers):
     cayley = pairs[0].cayley
     width, k = code_shape(cayley.saes()[0])
     n_parameters = cayley.get_num_params()
-    n_documents = int(data.score.documents.max()) + 1
     lines = {
         "Cayley": f"{ckpt}, levels {cayley.config.cayley_levels}",
         "dense": dense,
@@ -1390,11 +1388,12 @@ def header(pairs, data, at_layers):
         "seeds": f"{len(pairs)} of training, {seeds} of post-hoc SAEs each",
         "data": f"{data.fit.windows[:, :-1].size:,} tokens to fit on, "
                 f"{data.score.windows[:, :-1].size:,} of "
-                f"{n_documents} documents to score, {causal_tokens:,} tokens to steer on",
+                f"{data.n_documents} documents to score, {causal_tokens:,} tokens to steer on",
         "labels": ", ".join(data.names),
     }
-    if n_documents < 5:
-        lines["intervals"] = f"over {n_documents} documents, they say little: more --score_tokens"
+    if data.n_documents < 5:
+        lines["intervals"] = (f"over {data.n_documents} documents, they say little: more "
+                              "--score_tokens")
     if data.encoding.name == "gpt2" and n_parameters < 1e9:
         lines["warning"] = ("absorption is made for models that can spell, SAEBench's default "
                             f"being Gemma-2-2B; this one has {n_parameters:,} parameters")

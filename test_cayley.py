@@ -203,43 +203,45 @@ def test_layer_equals_dense_reference(n_embd, levels, switches):
     torch.testing.assert_close(sae(x), output)
 
 
-def test_dense_gradient_goes_around_the_code_in_training_alone():
+def gradient_beside_the_code(x, weight, training, setting, value):
+    """
+    What a setting adds to the gradient of (output * weight).sum() at x (..., 64), and the layer.
+
+    Neither the output nor the gradient at the biases may change.
+    """
+    results = []
+    for now in (0, value):
+        torch.manual_seed(1)
+        sae = random_sae(64, "6,5,0;9,6,16").double().train(training)
+        setattr(sae, setting, now)
+        output = sae(x)
+        results.append((output, *torch.autograd.grad((output * weight).sum(), [x, sae.bias])))
+    (plain, plain_x, plain_bias), (output, grad_x, grad_bias) = results
+    assert torch.equal(output, plain) and torch.equal(grad_bias, plain_bias)
+    return grad_x - plain_x, sae
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dense_gradient_goes_around_the_code_in_training_alone(training):
     torch.manual_seed(0)
     x = torch.randn(3, 7, 64, dtype=torch.float64, requires_grad=True)
     weight = torch.randn_like(x)
-    for training in (True, False):
-        results = []
-        for dense_gradient in (0.0, 0.5):
-            torch.manual_seed(1)
-            sae = random_sae(64, "6,5,0;9,6,16").double().train(training)
-            sae.dense_gradient = dense_gradient
-            output = sae(x)
-            results.append((output, *torch.autograd.grad((output * weight).sum(), [x, sae.bias])))
-        (plain, plain_x, plain_bias), (output, grad_x, grad_bias) = results
-        assert torch.equal(output, plain) and torch.equal(grad_bias, plain_bias)
-        torch.testing.assert_close(grad_x, plain_x + 0.5 * weight * training)
+    added, _ = gradient_beside_the_code(x, weight, training, "dense_gradient", 0.5)
+    torch.testing.assert_close(added, 0.5 * weight * training)
 
 
-def test_near_misses_hand_their_part_of_the_gradient_on_in_training_alone():
+@pytest.mark.parametrize("training", [True, False])
+def test_near_misses_hand_their_part_of_the_gradient_on_in_training_alone(training):
     torch.manual_seed(0)
     x = torch.randn(3, 7, 64, dtype=torch.float64, requires_grad=True)
     weight = torch.randn_like(x)
-    for training in (True, False):
-        results = []
-        for near_misses in (0, 4):
-            torch.manual_seed(1)
-            sae = random_sae(64, "6,5,0;9,6,16").double().train(training)
-            sae.near_misses = near_misses
-            output = sae(x)
-            results.append((output, *torch.autograd.grad((output * weight).sum(), [x, sae.bias])))
-        (plain, plain_x, plain_bias), (output, grad_x, grad_bias) = results
-        assert torch.equal(output, plain) and torch.equal(grad_bias, plain_bias)
-        atoms = sae.atoms(0, range(64))
-        score = (x @ atoms.T - sae.mean[:64]) / sae.var[:64].sqrt() + sae.bias[:64]
-        ids = score.topk(9).indices[..., 5:]
-        near = torch.nn.functional.one_hot(ids, 64).sum(-2).double()  # (3, 7, 64)
-        expected = (weight @ atoms.T * near) @ atoms
-        torch.testing.assert_close(grad_x, plain_x + expected * training)
+    added, sae = gradient_beside_the_code(x, weight, training, "near_misses", 4)
+    atoms = sae.atoms(0, range(64))
+    score = (x @ atoms.T - sae.mean[:64]) / sae.var[:64].sqrt() + sae.bias[:64]
+    ids = score.topk(9).indices[..., 5:]
+    near = torch.nn.functional.one_hot(ids, 64).sum(-2).double()  # (3, 7, 64)
+    expected = (weight @ atoms.T * near) @ atoms
+    torch.testing.assert_close(added, expected * training)
 
 
 @pytest.mark.parametrize("n_embd, levels", LARGE)

@@ -24,7 +24,7 @@ layer = len(pair.dense.blocks) // 2
 reader = scorecard.Reader(pair, layer, data)
 fit_x, score_x = reader.inputs(pair.dense)
 sides = (reader.fit_labels, reader.score_labels, reader.documents)
-once = scorecard.resamples(int(data.score.documents.max()) + 1)[:1]
+once = scorecard.resamples(data.n_documents)[:1]
 shape = scorecard.code_shape(pair.cayley.saes()[0])
 print("tokens,lr,batch,explained,one_f1,five_f1,dead")
 for tokens, lr, batch in choices:

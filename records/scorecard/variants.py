@@ -19,17 +19,16 @@ from model import pick_device  # noqa: E402
 NUMBERS = ("one_f1", "five_f1", "steering_share", "specificity")
 
 
-def rows_of(name, path, target):
+def loss_of(model, data):
+    return scorecard.losses(model, data.val_windows, {}, model)[:, 0].mean().item()
+
+
+def rows_of(name, pair, data, loss_of_dense):
     """Lists of cells for one checkpoint."""
-    pair, configs = scorecard.load_pair(path, scorecard.dense, target)
-    data = scorecard.load_data(configs[0])
-    once = scorecard.resamples(int(data.score.documents.max()) + 1)[:1]
+    once = scorecard.resamples(data.n_documents)[:1]
     (layer,) = scorecard.chosen_layers(len(pair.dense.blocks))
     reader = scorecard.Reader(pair, layer, data)
-    loss, loss_of_dense = (
-        scorecard.losses(model, data.val_windows, {}, model)[:, 0].mean().item()
-        for model in (pair.cayley, pair.dense)
-    )
+    loss = loss_of(pair.cayley, data)
     for row, make in reader.arms().items():
         if row.startswith("Cayley"):
             result = reader.row(make())
@@ -46,11 +45,18 @@ def main():
     scorecard.check_settings()
     if not variants or not all(path for _, _, path in variants):
         raise ValueError('give one or more checkpoints as "name: cayley.pt"')
+    target = pick_device(scorecard.device)
+    pairs = []
+    for name, _, path in variants:
+        pair, configs = scorecard.load_pair(path, scorecard.dense, target)
+        pairs.append((name, pair))
+    # all are twins of one dense model, and so of one set of data
+    data = scorecard.load_data(configs[0])
+    loss_of_dense = loss_of(pair.dense, data)
     writer = csv.writer(sys.stdout)
     writer.writerow(["variant", "row", "val_loss", "minus_dense", *NUMBERS, "dead", "explained"])
-    target = pick_device(scorecard.device)
-    for name, _, path in variants:
-        writer.writerows(rows_of(name, path, target))
+    for name, pair in pairs:
+        writer.writerows(rows_of(name, pair, data, loss_of_dense))
 
 
 if __name__ == "__main__":
