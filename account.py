@@ -139,7 +139,8 @@ def sae_activation_bytes(config):
     scales = 4 if config.forward_standardized else 0
     near = 0
     if levels and config.near_misses:
-        near = 8 * (levels[0].k + 2 * config.near_misses)  # ids for another select and combine
+        selected = levels[0].k + config.near_misses
+        near = selected * (2 * 8 + 1)  # ids for another select and combine; which are active
     return active * (3 * 8 + scales) + near
 
 

@@ -716,10 +716,10 @@ class CayleySAE(nn.Module):
         self.levels = parse_levels(levels)
         check_levels(n_embd, self.levels, per_parent_budget)
         inactive = n_embd - self.levels[0].k
-        if not 0 <= near_misses <= inactive:
+        if not isinstance(near_misses, int) or not 0 <= near_misses <= inactive:
             raise ValueError(
-                f"near_misses={near_misses}: must be from 0 to the {inactive} features of level 0 "
-                "that are not active"
+                f"near_misses={near_misses!r}: must be from 0 to {inactive}, the features of level "
+                "0 that are not active"
             )
         self.n_embd = n_embd
         self.t = n_embd.bit_length() - 1
@@ -829,19 +829,26 @@ class CayleySAE(nn.Module):
         if self.training and self.dense_gradient:
             out = out + self.dense_gradient * (x - x.detach()).to(out.dtype)  # plus 0
         if self.training and self.near_misses:
-            near = self._project_on_near_misses(x)
+            near = self._project_on_near_misses(x, codes[0].ids)
             out = out + (near - near.detach()).to(out.dtype)  # plus 0
         return out
 
-    def _project_on_near_misses(self, x):
-        """x (..., d) -> its part along the top level's near misses, orthonormal atoms, (..., d)."""
+    def _project_on_near_misses(self, x, active):
+        """
+        x (..., d) -> its part along the top level's near misses, orthonormal atoms, (..., d).
+
+        active (..., k): ids of features that are none, since where scores tie the larger selection
+        may begin with others.
+        """
         n, k, _ = self.levels[0]
         where = self.level_slices[0]
         scale, shift = self.standardization()
         offset = self.bias.detach() + shift
         plan = [n, k + self.near_misses, n]
         ids, products = select(self._flat(x), scale[where], offset[where], plan)
-        near = Codes(ids[:, k:], products[:, k:])
+        is_active = torch.zeros(len(ids), self.n_embd, dtype=torch.bool, device=ids.device)
+        is_active.scatter_(1, active.reshape(len(ids), -1), True)
+        near = Codes(ids, products.masked_fill(is_active.gather(1, ids), 0))
         return self.decode([near]).view(x.shape)
 
     def edit(self, codes, edits):

@@ -1411,6 +1411,10 @@ def load_pairs(target):
         values = {config[key] for config in configs}
         if len(values) > 1:
             raise ValueError(f"the checkpoints differ in {key}: {sorted(values, key=str)}")
+    for key, digests in zip(("ckpt", "dense"), zip(*(pair.digests for pair in pairs))):
+        if len(set(digests)) < len(digests):
+            raise ValueError(f"{key}={globals()[key]!r}: two of these files are the same, no two "
+                             "training seeds")
     levels = {pair.cayley.config.cayley_levels for pair in pairs}
     if len(levels) > 1:
         raise ValueError(f"the checkpoints differ in cayley_levels: {sorted(levels)}")

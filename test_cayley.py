@@ -244,6 +244,19 @@ def test_near_misses_hand_their_part_of_the_gradient_on_in_training_alone(traini
     torch.testing.assert_close(added, expected * training)
 
 
+def test_an_active_feature_is_no_near_miss_where_scores_tie():
+    torch.manual_seed(0)
+    sae = CayleySAE(64, "6,5,0;9,6,16").double()
+    x = torch.randn(20, 7, 64, dtype=torch.float64).sign().requires_grad_()
+    weight = torch.randn_like(x)
+    gradients = []
+    for sae.near_misses in (0, 7):
+        gradients += torch.autograd.grad((sae(x) * weight).sum(), x)
+    along = (gradients[1] - gradients[0]) @ sae.atoms(0, range(64)).T
+    along_active = along.gather(-1, sae.encode(x)[0].ids)
+    torch.testing.assert_close(along_active, torch.zeros_like(along_active))
+
+
 @pytest.mark.parametrize("n_embd, levels", LARGE)
 def test_full_size_layer_in_float32(n_embd, levels):
     torch.manual_seed(0)
@@ -417,6 +430,7 @@ def edited(*edit):
     (lambda: CayleySAE(1024, "10,2000,0"), ["1 to the 1024"]),
     (lambda: CayleySAE(1024, "10,0,0"), ["1 to the 1024"]),
     (lambda: CayleySAE(64, "6,5,0", near_misses=60), ["near_misses=60", "59"]),
+    (lambda: CayleySAE(64, "6,5,0", near_misses=1.5), ["near_misses=1.5", "59"]),
 ])
 def test_errors_name_the_value_and_the_fix(call, words):
     with pytest.raises(ValueError) as error:

@@ -419,8 +419,9 @@ def follow_parity(state, val_loss, master):
         if state.end < state.iter + parity_iters:
             words += f", where max_iters={max_iters} cuts its {parity_iters} iterations short"
     elif state.iter >= state.end and state.parity_start < 0:
-        words = (f"val loss never came within {parity_band} of {target_val_loss}, and the learning "
-                 "rate never fell: a larger --max_iters goes on")
+        words = (f"val loss never came within {parity_band} of {target_val_loss} after the warmup "
+                 f"of {warmup_iters} iterations, and the learning rate never fell: a larger "
+                 "--max_iters goes on")
     elif state.iter >= state.end:
         reached = "reached" if val_loss <= target_val_loss else "not reached"
         words = f"target_val_loss={target_val_loss} is {reached}"
@@ -984,7 +985,8 @@ def main():
         else:
             corners.append(int((1 - warmdown_frac) * max_iters))
         rates = {}
-        for it in corners:
+        for corner in corners:
+            it = min(corner, max_iters)
             rates[it] = get_lr(it, muon_lr, muon_min_lr), get_lr(it, adamw_lr, adamw_min_lr)
         return account.show_plan(config, rates)
     ranks = Ranks()

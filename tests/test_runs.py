@@ -355,6 +355,17 @@ def test_parity_needs_a_target(data_dir, tmp_path, words, message):
 # the dry run
 
 
+@pytest.mark.parametrize("words", [
+    {"lr_schedule": "parity", "target_val_loss": 3.0},
+    {"lr_schedule": "constant"},
+    {"warmdown_frac": 0.0},
+])
+def test_a_dry_run_that_ends_in_its_warmup(data_dir, tmp_path, words):
+    result = run_training(data_dir, tmp_path / "run", dry_run=True, max_iters=2, **words)
+    assert result.returncode == 0, result.stderr
+    assert "iteration 2: learning rates" in result.stdout
+
+
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
     config = ROOT / "configs" / "cayley_small_2L.py"
     result = subprocess.run(

@@ -624,12 +624,17 @@ def test_a_mistake_is_one_line(tmp_path):
     assert len(result.stderr.strip().splitlines()) == 1
 
 
-def test_checkpoints_that_make_no_pair(trained, twin, tmp_path):
+def test_checkpoints_that_make_no_pair(trained, twin, tmp_path, monkeypatch):
     cpu = torch.device("cpu")
     with pytest.raises(ValueError, match="it has no CayleySAE"):
         scorecard.load_pair(str(twin), str(twin), cpu)
     with pytest.raises(ValueError, match="it is no dense model"):
         scorecard.load_pair(str(trained), str(trained), cpu)
+    (tmp_path / "copy.pt").write_bytes((trained / "ckpt.pt").read_bytes())
+    monkeypatch.setattr(scorecard, "ckpt", f"{trained},{tmp_path / 'copy.pt'}")
+    monkeypatch.setattr(scorecard, "dense", f"{twin},{twin}")
+    with pytest.raises(ValueError, match="ckpt=.*two of these files are the same"):
+        scorecard.load_pairs(cpu)
     checkpoint = torch.load(twin / "ckpt.pt", weights_only=True)
     torch.save({**checkpoint, "data": "other"}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="were trained on different data"):
