@@ -703,6 +703,11 @@ def compare(sae, x):
     scale, shift = sae.standardization()
     offset = sae.bias + shift
     fault = _find_fault(sae, x, scale, offset)
+    if sae.near_misses and not fault:
+        top = sae.level_slices[0]
+        n, k, _ = sae.levels[0]
+        wider = cayley.CayleySAE(sae.n_embd, [(n, k + sae.near_misses, 0)])  # selects them as well
+        fault = _find_fault(wider, x, scale[top], offset[top])
     seconds = {}
     for kernels in ("triton", "torch"):
         cayley.use_kernels(kernels)

@@ -34,9 +34,9 @@ SHAPES = [  # n_embd, levels, tokens
 ]
 
 
-def random_sae(n_embd, levels):
+def random_sae(n_embd, levels, near_misses=0):
     torch.manual_seed(0)
-    sae = CayleySAE(n_embd, levels).eval()
+    sae = CayleySAE(n_embd, levels, near_misses=near_misses).eval()
     with torch.no_grad():
         sae.bias.normal_(std=0.3)
         sae.mean.normal_(std=0.3)
@@ -115,7 +115,7 @@ def check_ties():
 
 def check_comparison():
     """What a run does at its start: equal kernels agree, spoilt ones are found."""
-    sae = random_sae(32, "5,2,0;7,2,4")
+    sae = random_sae(32, "5,2,0;7,2,4", near_misses=3)
     x = torch.randn(1, 32)
 
     def decide(wanted):
@@ -143,9 +143,15 @@ def check_comparison():
         ids, products = right_select(*arguments)
         return ids ^ 1, products
 
-    cayley_triton.select = shifted
-    message, used = decide("auto")
-    assert used == "torch" and "differ" in message, message
+    def shifted_near_misses(x, scale, offset, plan):
+        if plan == sae.plan:
+            return right_select(x, scale, offset, plan)
+        return shifted(x, scale, offset, plan)
+
+    for spoilt in (shifted, shifted_near_misses):
+        cayley_triton.select = spoilt
+        message, used = decide("auto")
+        assert used == "torch" and "differ" in message, message
     cayley_triton.select = right_select
     cayley.use_kernels("torch")
 
