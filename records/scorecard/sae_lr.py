@@ -9,35 +9,55 @@ sae_lr.csv: what it explains of the val split's documents, and F1 of its best fe
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import scorecard  # noqa: E402
+from configurator import run_main  # noqa: E402
 from evals import covariances, explained  # noqa: E402
+from model import pick_device  # noqa: E402
 
-words = [word for word in sys.argv[1:] if word.startswith("--")]
-choices = [word.split(",") for word in sys.argv[1:] if not word.startswith("--")]
-scorecard.configure(vars(scorecard), words)
-pair, configs = scorecard.load_pair(scorecard.ckpt, scorecard.dense, torch.device("cpu"))
-data = scorecard.load_data(configs[0])
-layer = len(pair.dense.blocks) // 2
-reader = scorecard.Reader(pair, layer, data)
-fit_x, score_x = reader.inputs(pair.dense)
-sides = (reader.fit_labels, reader.score_labels, reader.documents)
-once = scorecard.resamples(data.n_documents)[:1]
-shape = scorecard.code_shape(pair.cayley.saes()[0])
-print("tokens,lr,batch,explained,one_f1,five_f1,dead")
-for tokens, lr, batch in choices:
-    scorecard.sae_tokens = int(float(tokens))
-    scorecard.sae_lr = float(lr)
-    scorecard.SAE_BATCH = int(batch)
-    (sae,) = scorecard.fitted_saes(pair.dense, data.train, [(layer, "TopK")], *shape, seed=0)
-    arm = scorecard.sae_arm("SAE", pair.dense, sae)
+
+def parse_choice(text):
+    """"3.5e5,5e-3,1024" -> (350000, 0.005, 1024)."""
+    try:
+        tokens, lr, batch = text.split(",")
+        return int(float(tokens)), float(lr), int(batch)
+    except ValueError:
+        raise ValueError(f"{text!r}: write tokens,lr,batch, as in 3.5e5,5e-3,1024") from None
+
+
+def row_of(reader, sae):
+    """What an SAE on the dense twin explains, F1 of one feature and of five, and dead features."""
+    fit_x, score_x = reader.inputs(reader.pair.dense)
+    sides = (reader.fit_labels, reader.score_labels, reader.documents)
+    once = scorecard.resamples(reader.data.n_documents)[:1]
+    arm = scorecard.sae_arm("SAE", reader.pair.dense, sae)
     fit, score = scorecard.encoded(arm, fit_x), scorecard.encoded(arm, score_x)
     one = scorecard.stacked(scorecard.probe_one(fit, score, *sides)[1])
     five = scorecard.stacked(scorecard.probe_some(fit, score, *sides))
     numbers = [explained(covariances(score_x, sae(score_x))).item()]
     numbers += [scorecard.probe_scores(tables, once)[0, 0] for tables in (one, five)]
     dead = int((score.counts() == 0).sum())
-    print(f"{tokens},{lr},{batch}," + ",".join(f"{number:.4f}" for number in numbers) + f",{dead}",
-          flush=True)
+    return [*(f"{number:.4f}" for number in numbers), str(dead)]
+
+
+def main():
+    words = [word for word in sys.argv[1:] if word.startswith("--")]
+    choices = [parse_choice(word) for word in sys.argv[1:] if not word.startswith("--")]
+    scorecard.configure(vars(scorecard), words)
+    target = pick_device(scorecard.device)
+    pair, configs = scorecard.load_pair(scorecard.ckpt, scorecard.dense, target)
+    data = scorecard.load_data(configs[0])
+    (layer,) = scorecard.chosen_layers(len(pair.dense.blocks))
+    reader = scorecard.Reader(pair, layer, data)
+    shape = scorecard.code_shape(pair.cayley.saes()[0])
+    print("tokens,lr,batch,explained,one_f1,five_f1,dead")
+    for tokens, lr, batch in choices:
+        scorecard.sae_tokens = tokens
+        scorecard.sae_lr = lr
+        scorecard.SAE_BATCH = batch
+        (sae,) = scorecard.fitted_saes(pair.dense, data.train, [(layer, "TopK")], *shape, seed=0)
+        print(tokens, lr, batch, *row_of(reader, sae), sep=",", flush=True)
+
+
+if __name__ == "__main__":
+    run_main(main)

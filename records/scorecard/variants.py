@@ -3,9 +3,11 @@ The scorecard's headline numbers of variants of the layer, without the rows that
 
     python records/scorecard/variants.py --dense=dense.pt "name: cayley.pt" "name: other.pt" ...
 
-Prints a row of variants.csv for each checkpoint and each of its levels: val loss, how far it lies
-above the dense twin, F1 of the best feature and of 5, steering's share of the gradient's effect,
-the ablation's specificity, features that are never active, and what the code explains.
+Prints a row of variants.csv for each checkpoint, for each of its levels if it has several, and for
+a post-hoc SAE on the dense twin with as many features: val loss (the SAE's with it in the layer),
+how far it lies above the dense twin, F1 of the best feature and of 5, steering's share of the
+gradient's effect, the ablation's specificity, features that are never active, and what the code
+explains.
 """
 import csv
 import sys
@@ -19,23 +21,26 @@ from model import pick_device  # noqa: E402
 NUMBERS = ("one_f1", "five_f1", "steering_share", "specificity")
 
 
-def loss_of(model, data):
-    return scorecard.losses(model, data.val_windows, {}, model)[:, 0].mean().item()
+def mean_loss(model, data, modules):
+    return scorecard.losses(model, data.val_windows, modules, model)[:, 0].mean().item()
 
 
-def rows_of(name, pair, data, loss_of_dense):
-    """Lists of cells for one checkpoint."""
+def numbers_of(reader, arm, modules, loss_of_dense):
+    """Cells of one row, after the names; modules: what is spliced into the model for its loss."""
+    data = reader.data
+    result = reader.row(arm)
     once = scorecard.resamples(data.n_documents)[:1]
-    (layer,) = scorecard.chosen_layers(len(pair.dense.blocks))
-    reader = scorecard.Reader(pair, layer, data)
-    loss = loss_of(pair.cayley, data)
-    for row, make in reader.arms().items():
-        if row.startswith("Cayley"):
-            result = reader.row(make())
-            numbers = scorecard.row_numbers(result, once, data.score.documents[:, 0])
-            values = [loss, loss - loss_of_dense, *(numbers[key][0] for key in NUMBERS)]
-            values += [result["codes"]["dead"], result["codes"]["explained"]]
-            yield [name, row, *(f"{value:.4f}" for value in values)]
+    numbers = scorecard.row_numbers(result, once, data.score.documents[:, 0])
+    loss = mean_loss(arm.model, data, modules)
+    values = [loss, loss - loss_of_dense, *(numbers[key][0] for key in NUMBERS)]
+    values += [result["codes"]["dead"], result["codes"]["explained"]]
+    return [f"{value:.4f}" for value in values]
+
+
+def fitted_sae(model, data, layer, shape):
+    """A post-hoc SAE of a model; shape: its features, and how many of them are active."""
+    (sae,) = scorecard.fitted_saes(model, data.train, [(layer, "TopK")], *shape, seed=0)
+    return sae.eval().requires_grad_(False)
 
 
 def main():
@@ -52,11 +57,22 @@ def main():
         pairs.append((name, pair))
     # all are twins of one dense model, and so of one set of data
     data = scorecard.load_data(configs[0])
-    loss_of_dense = loss_of(pair.dense, data)
+    loss_of_dense = mean_loss(pair.dense, data, {})
+    (layer,) = scorecard.chosen_layers(len(pair.dense.blocks))
     writer = csv.writer(sys.stdout)
     writer.writerow(["variant", "row", "val_loss", "minus_dense", *NUMBERS, "dead", "explained"])
+    shapes = {}  # of post-hoc SAEs, without repetition
     for name, pair in pairs:
-        writer.writerows(rows_of(name, pair, data, loss_of_dense))
+        reader = scorecard.Reader(pair, layer, data)
+        for row, make in reader.arms().items():
+            if row.startswith("Cayley"):
+                writer.writerow([name, row, *numbers_of(reader, make(), {}, loss_of_dense)])
+        shapes[scorecard.code_shape(pair.cayley.saes()[0])] = None
+    for n_features, k in shapes:
+        sae = fitted_sae(pair.dense, data, layer, (n_features, k))
+        arm = scorecard.sae_arm(scorecard.REFERENCE, pair.dense, sae)
+        cells = numbers_of(reader, arm, {layer: sae}, loss_of_dense)
+        writer.writerow([f"{k} of {n_features}", scorecard.REFERENCE, *cells])
 
 
 if __name__ == "__main__":
