@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from variants import fitted_sae  # noqa: E402
+
 import scorecard  # noqa: E402
 from configurator import run_main  # noqa: E402
 from evals import covariances, explained  # noqa: E402
@@ -55,7 +57,7 @@ def main():
         scorecard.sae_tokens = tokens
         scorecard.sae_lr = lr
         scorecard.SAE_BATCH = batch
-        (sae,) = scorecard.fitted_saes(pair.dense, data.train, [(layer, "TopK")], *shape, seed=0)
+        sae = fitted_sae(pair.dense, data, layer, shape)
         print(tokens, lr, batch, *row_of(reader, sae), sep=",", flush=True)
 
 
