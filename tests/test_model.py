@@ -162,6 +162,24 @@ def test_agrees_with_torch_muon(shape):
         assert (update - expected).norm() < 0.04 * expected.norm()
 
 
+def test_step_on_a_cpu_is_its_plain_definition_in_float64():
+    """The classic triple; to float32's precision, that a CPU's steps have, and not bf16's."""
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(96, 32))
+    optimizer = Muon([p], lr=0.1, momentum=0.9, weight_decay=0.5, coefficients=CLASSIC)
+    expected, average = p.detach().double(), torch.zeros(96, 32, dtype=torch.double)
+    for _ in range(3):
+        p.grad = torch.randn(96, 32)
+        average = 0.9 * average + 0.1 * p.grad.double()
+        X = 0.1 * p.grad.double() + 0.9 * average
+        X = X / X.norm()
+        for a, b, c in CLASSIC:
+            X = a * X + b * X @ X.T @ X + c * X @ X.T @ X @ X.T @ X
+        expected = (1 - 0.1 * 0.5) * expected - 0.1 * 3**0.5 * X
+        optimizer.step()
+    torch.testing.assert_close(p.detach().double(), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_split_matrices_are_orthogonalized_separately():
     torch.manual_seed(0)
     stacked = torch.nn.Parameter(torch.zeros(3 * 64, 64))
