@@ -619,12 +619,6 @@ NEAR = 1e-3  # scores closer than this may change places by rounding; scores are
 SAME = 0.9  # at least this share of the tokens has no such near tie
 
 
-class Comparison(NamedTuple):
-    fault: str  # what differs beyond near ties, in words; "" where nothing does
-    torch_seconds: float  # of the operators of a layer's forward and backward, on the batch
-    triton_seconds: float
-
-
 def _choice_fault(sae, ours, theirs, scale, offset):
     """What differs between two results of select, (ids, products) each; "" for near ties alone."""
     same = torch.ones(len(ours[0]), dtype=torch.bool, device=scale.device)  # so far, by level
@@ -649,7 +643,7 @@ def _choice_fault(sae, ours, theirs, scale, offset):
     return ""
 
 
-def _find_fault(sae, x, scale, offset):
+def _operators_fault(sae, x, scale, offset):
     """The operators by Triton on x against PyTorch's in fp32; leaves PyTorch's in use."""
     k = sae.levels[-1].k
     precision = torch.get_float32_matmul_precision()
@@ -675,8 +669,12 @@ def _find_fault(sae, x, scale, offset):
     return fault
 
 
-def _seconds(sae, x, scale, offset, repeats=5):
+@torch.no_grad()
+def _seconds(sae, x, kernels, repeats=5):
     """Median time of the operators of a layer's forward and backward on x (N, d)."""
+    cayley.use_kernels(kernels)
+    scale, shift = sae.standardization()
+    offset = sae.bias + shift
     weights = x.new_ones(len(x), sum(level.k for level in sae.levels))
     times = []
     for _ in range(repeats + 1):
@@ -694,25 +692,20 @@ def _seconds(sae, x, scale, offset, repeats=5):
 
 
 @torch.no_grad()
-def compare(sae, x):
+def find_fault(sae, x):
     """
-    These kernels and PyTorch's on one batch of a CayleySAE's input, x (N, d) -> a Comparison.
-
-    Leaves PyTorch's in use.
+    What these kernels' results on a batch of a CayleySAE's input, x (N, d), have that PyTorch's
+    haven't, beyond near ties, in words; "" if nothing. Leaves PyTorch's in use.
     """
     scale, shift = sae.standardization()
     offset = sae.bias + shift
-    fault = _find_fault(sae, x, scale, offset)
+    fault = _operators_fault(sae, x, scale, offset)
     if sae.near_misses and not fault:
         top = sae.level_slices[0]
         n, k, _ = sae.levels[0]
         wider = cayley.CayleySAE(sae.n_embd, [(n, k + sae.near_misses, 0)])  # selects them as well
-        fault = _find_fault(wider, x, scale[top], offset[top])
-    seconds = {}
-    for kernels in ("triton", "torch"):
-        cayley.use_kernels(kernels)
-        seconds[kernels] = _seconds(sae, x, scale, offset)
-    return Comparison(fault, seconds["torch"], seconds["triton"])
+        fault = _operators_fault(wider, x, scale[top], offset[top])
+    return fault
 
 
 def choose(sae, x, wanted, total):
@@ -724,19 +717,18 @@ def choose(sae, x, wanted, total):
     times. total: sums a tensor over ranks, so that all take the same decision. Raises ValueError
     where results differ and wanted is "triton".
     """
-    result = compare(sae, x)
-    mine = torch.tensor([float(result.fault != ""), result.torch_seconds, result.triton_seconds])
-    faulty, torch_seconds, triton_seconds = total(mine.to(x.device)).tolist()
-    cayley.use_kernels("torch")
-    if faulty:
-        message = f"Triton's kernels differ from PyTorch's: {result.fault or 'on another rank'}"
+    fault = find_fault(sae, x)
+    if total(torch.tensor([float(fault != "")], device=x.device)).item():
+        message = f"Triton's kernels differ from PyTorch's: {fault or 'on another rank'}"
         if wanted == "triton":
             raise ValueError(f"{message}; use --kernels=torch")
         return f"WARNING: {message}; PyTorch's are used"
-    name = "triton" if wanted == "triton" or triton_seconds < torch_seconds else "torch"
+    seconds = {kernels: _seconds(sae, x, kernels) for kernels in ("triton", "torch")}
+    of_triton, of_torch = total(torch.tensor([*seconds.values()], device=x.device)).tolist()
+    name = "triton" if wanted == "triton" or of_triton < of_torch else "torch"
     cayley.use_kernels(name)
     return (
         f"kernels: {name}; both agree, and a layer's operators take "
-        f"{1e3 * result.torch_seconds:.2f} ms by PyTorch and {1e3 * result.triton_seconds:.2f} ms "
-        f"by Triton on {len(x):,} tokens"
+        f"{1e3 * seconds['torch']:.2f} ms by PyTorch and {1e3 * seconds['triton']:.2f} ms by "
+        f"Triton on {len(x):,} tokens"
     )

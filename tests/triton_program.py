@@ -21,11 +21,11 @@ import cayley_triton
 from cayley import CayleySAE, plain_decode, plain_encode
 
 SHAPES = [  # n_embd, levels, tokens
-    (32, "5,4,0;9,5,32", 7),
+    (32, "5,4,0;9,5,32", 3),
     (32, "5,2,0;10,3,32;15,3,32", 1),  # a block's bits reach beyond the coordinate's
-    (32, "5,8,0;8,6,256", 5),  # delta maximal: one block
+    (32, "5,8,0;8,6,256", 2),  # delta maximal: one block
     (64, "6,1,0;9,1,8", 3),  # delta minimal, k = 1
-    (64, "6,4,0;9,5,16;12,7,32", 11),
+    (64, "6,4,0;9,5,16;12,7,32", 5),
     (128, "7,8,0;10,5,8;17,6,128", 3),
     (256, "8,3,0;12,9,64", 2),
     (512, "9,5,0;13,7,64", 1),
