@@ -9,6 +9,7 @@ Pure functions of a GPTConfig; train.py --dry_run and bench.py print what they s
 Shapes: N = tokens of a micro-batch, d = n_embd, V = vocab_size, H = n_head, F = features and K =
 active features of a layer.
 """
+import bisect
 import csv
 import io
 import os
@@ -238,12 +239,12 @@ def memory_account(
 
 def largest_batch(config, card_bytes, world_size=1, compiled=False):
     """The largest batch_size with a peak of at most USABLE of a card in bf16; 0 if none has."""
-    batch_size = 0
-    peak = 0
-    while peak <= USABLE * card_bytes:
-        batch_size += 1
-        peak = memory_account(config, batch_size, world_size, compiled=compiled)["peak"]
-    return batch_size - 1
+
+    def peak(batch_size):
+        return memory_account(config, batch_size, world_size, compiled=compiled)["peak"]
+
+    batch_sizes = range(1, int(card_bytes))  # a sequence takes more than a byte
+    return bisect.bisect_right(batch_sizes, USABLE * card_bytes, key=peak)
 
 
 # -----------------------------------------------------------------------------
