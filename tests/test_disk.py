@@ -23,7 +23,7 @@ import data
 import train
 
 DISK_BYTES = 8 * 2**20  # some ten checkpoints of TINY
-SETTINGS = dict(max_iters=120, eval_interval=20, eval_iters=1, save_patience=1.0)
+SETTINGS = dict(max_iters=80, eval_interval=20, eval_iters=1, save_patience=1.0)
 
 
 @contextlib.contextmanager
@@ -96,7 +96,7 @@ def same_rows(one, other):
 def test_a_disk_that_is_full_for_a_while_loses_nothing(data_dir, whole, disk):
     out_dir = disk / "run"
     process = start(data_dir, out_dir)
-    for it in paused_at(process, [25, 90]):
+    for it in paused_at(process, [25, 70]):
         fill(disk) if it == 25 else empty(disk)
     error = process.stderr.read()
     assert process.wait() == 0, error
@@ -137,7 +137,7 @@ def test_room_made_in_time_saves_the_last_checkpoint(data_dir, whole, disk):
         if "tried again" in line:
             empty(disk)
     assert process.wait() == 0
-    assert torch.load(out_dir / "last.pt", weights_only=True)["iter"] == 120
+    assert torch.load(out_dir / "last.pt", weights_only=True)["iter"] == 80
     assert same_rows(out_dir, whole)
 
 
@@ -205,7 +205,7 @@ def disk_campaign(directory, data_dir, rounds, seed):
     for number in range(rounds):
         with small_disk(directory / str(number)) as disk:
             out_dir = disk / "run"
-            first, second = sorted(generator.sample(range(1, 119), 2))
+            first, second = sorted(generator.sample(range(1, SETTINGS["max_iters"] - 1), 2))
             for_good = generator.random() < 0.5
             process = start(data_dir, out_dir)
             for it in paused_at(process, [first] if for_good else [first, second]):

@@ -55,7 +55,6 @@ def wait_for(process, text):
 
 @pytest.mark.parametrize("settings, words", [
     (dict(seed=1338), ["seed=1337, not 1338"]),
-    (dict(batch_size=2), ["batch_size * gradient_accumulation_steps = 16, not 8"]),
     (dict(seed=7, batch_size=8), ["seed=1337, not 7 and batch_size * gradient"]),
 ])
 def test_resume_refuses_other_batches(trained, data_dir, tmp_path, settings, words):
@@ -96,29 +95,19 @@ def test_resume_refuses_other_data_of_as_many_windows(trained, data_dir, tmp_pat
     assert result.returncode == 1 and "other shards than those of" in result.stderr
 
 
-def test_a_finished_run_says_so(trained, data_dir, tmp_path):
-    run = copy_of(trained, tmp_path)
-    result = run_training(data_dir, run, init_from="resume")
-    assert result.returncode == 0
-    assert "has its 20 iterations already: a larger --max_iters goes on" in result.stdout
-
-
 def test_the_two_checkpoints_are_independent_files(trained, data_dir, tmp_path):
     """A truncated last.pt leaves ckpt.pt whole, and copying that is the way on."""
-    run = tmp_path / "run"
-    assert run_training(data_dir, run, max_iters=10, lr_schedule="constant").returncode == 0
+    run = copy_of(trained, tmp_path)
     os.truncate(run / "last.pt", 1000)
-    refused = run_training(data_dir, run, init_from="resume", lr_schedule="constant")
+    refused = run_training(data_dir, run, init_from="resume", max_iters=21)
     assert refused.returncode == 1 and f"copy it to {run}/last.pt" in refused.stderr
     shutil.copy(run / "ckpt.pt", run / "last.pt")
-    result = run_training(data_dir, run, init_from="resume", lr_schedule="constant")
+    result = run_training(data_dir, run, init_from="resume", max_iters=21)
     assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("spoil, words", [
     (lambda c: c.pop("optimizer"), ["lacks optimizer"]),
-    (lambda c: c.pop("best_val_loss"), ["lacks best_val_loss"]),
-    (lambda c: c["model"].pop("blocks.0.sae.mean"), ["doesn't fit", "blocks.0.sae.mean"]),
     (lambda c: c["model"].update({"wte.weight": torch.zeros(3, 3)}), ["doesn't fit", "wte"]),
     (lambda c: c["optimizer"].pop("muon"), ["doesn't fit", "muon"]),
 ])
@@ -229,18 +218,6 @@ def test_a_signal_ends_final_evals_and_keeps_the_run(data_dir, tmp_path):
 
 # -----------------------------------------------------------------------------
 # ranks
-
-
-def test_explained_and_dead_do_not_depend_on_the_ranks(data_dir, tmp_path):
-    """At the same weights: those of the start."""
-    settings = dict(gradient_accumulation_steps=6, max_iters=1, muon_lr=0.0, muon_min_lr=0.0)
-    settings.update(adamw_lr=0.0, adamw_min_lr=0.0)
-    for ranks in (1, 2, 3):
-        result = run_training(data_dir, tmp_path / str(ranks), ranks, **settings)
-        assert result.returncode == 0, result.stderr
-    for column in ("explained", "dead_0", "dead_1", "active_1"):
-        first = [log_rows(tmp_path / str(ranks), column)[0] for ranks in (1, 2, 3)]
-        assert first[0] == first[1] == first[2], column
 
 
 @pytest.mark.parametrize("settings, words", [

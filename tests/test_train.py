@@ -73,14 +73,13 @@ def test_stopped_and_resumed_equals_uninterrupted(trained, data_dir, tmp_path, n
 @pytest.mark.parametrize("ranks, settings", [
     (2, dict(gradient_accumulation_steps=2)),
     (3, dict(gradient_accumulation_steps=3, cayley_levels="", muon_lr=5e-4, adamw_lr=5e-4)),
-    (2, dict(gradient_accumulation_steps=4, cayley_levels="", muon_lr=5e-4, adamw_lr=5e-4)),
 ])
 def test_ranks_train_on_the_same_global_batches(data_dir, tmp_path, ranks, settings):
     """
     Loss rows agree over 20 iterations.
 
     With top-k a different rounding of a sum of more than two gradients decides near ties otherwise,
-    and training is chaotic from there; so those cases are the dense twin's, at a low rate.
+    and training is chaotic from there; so the three ranks are the dense twin's, at a low rate.
     """
     for out_dir, n in ((tmp_path / "one", 1), (tmp_path / "many", ranks)):
         result = run_training(data_dir, out_dir, n, **settings)
@@ -119,7 +118,8 @@ def test_a_finished_run_is_never_overwritten(trained, data_dir):
     result = run_training(data_dir, trained)
     assert result.returncode == 1 and "--init_from=resume" in result.stderr
     result = run_training(data_dir, trained, init_from="resume")
-    assert result.returncode == 0, result.stderr  # nothing left to do
+    assert result.returncode == 0, result.stderr
+    assert "has its 20 iterations already: a larger --max_iters goes on" in result.stdout
     after = contents(trained)
     assert after["last.pt"] == before["last.pt"] and after["log.csv"] == before["log.csv"]
 
