@@ -12,6 +12,7 @@ active features of a layer.
 import bisect
 import csv
 import io
+import math
 import os
 import runpy
 from dataclasses import fields
@@ -271,10 +272,12 @@ def show_plan(settings, rates):
     rates: Muon's and AdamW's at the schedule's corners, {iteration: (rate, rate)}.
     """
     config = GPTConfig(**{f.name: settings[f.name] for f in fields(GPTConfig)})
-    ranks = int(os.environ.get("WORLD_SIZE", 8))
+    accumulation = settings["gradient_accumulation_steps"]
+    # without torchrun those of a machine of 8 that share the accumulation evenly
+    ranks = int(os.environ.get("WORLD_SIZE", math.gcd(8, accumulation)))
     batch_size = settings["batch_size"]
     compiled = settings["torch_compile"]
-    tokens = settings["gradient_accumulation_steps"] * batch_size * config.block_size
+    tokens = accumulation * batch_size * config.block_size
     iterations = settings["max_iters"]
     muon, adamw = muon_parameters(config), adamw_parameters(config)
     print("settings: " + ", ".join(f"{key}={value!r}" for key, value in settings.items()))
@@ -284,7 +287,7 @@ def show_plan(settings, rates):
     print(f"arithmetic: {flops_per_token(config) * iterations * tokens:.3g} FLOPs")
     for it, (muon_rate, adamw_rate) in sorted(rates.items()):
         print(f"iteration {it:,}: learning rates {muon_rate:.3g} (Muon), {adamw_rate:.3g} (AdamW)")
-    print(f"memory of one of {ranks} GPUs in bf16, on paper (torchrun sets their number):")
+    print(f"memory of one of {ranks} GPUs in bf16, on paper (torchrun or WORLD_SIZE=1 sets it):")
     for name, size in memory_account(config, batch_size, ranks, compiled=compiled).items():
         print(f"  {name:26} {size / 1e6:12,.1f} MB")
     for card in CARDS:

@@ -173,7 +173,8 @@ def check_levels(n_embd, levels, per_parent_budget=True):
     n_bits = len(all_label_bits(t))
     for i, (n, k, delta) in enumerate(levels):
         gated = per_parent_budget and i > 0
-        n_open = delta if gated else 2**n  # surely: all active parents may lie in one block
+        # surely: all active parents may lie in one block; min: n may still be far too large for 2^n
+        n_open = delta if gated else 2 ** min(n, n_bits)
         parent_n = levels[i - 1].n
         fault = None
         if i == 0 and (n != t or delta != 0):

@@ -57,7 +57,7 @@ def parse_edit(text, saes):
 
     Raises ValueError naming a text of another form, or what the model does not have.
     """
-    match = re.fullmatch(r"(\d+)\.(\d+)\.(\d+)(?:=([+-]?)(\d+(?:\.\d*)?))?", text)
+    match = re.fullmatch(r"(\d+)\.(\d+)\.(\d+)(?:=([+-]?)(\d+\.?\d*|\.\d+))?", text)
     if not match:
         raise ValueError(f"{text!r}: write layer.level.feature=+8 to steer and layer.level.feature "
                          "to ablate")
@@ -74,6 +74,8 @@ def parse_edit(text, saes):
         raise ValueError(f"{text!r}: level {level} has {n_features} features, counted from 0")
     keep = 1 if sign else 0
     add = float(sign + number) if number else 0.0
+    if abs(add) > 1e6:  # codes are of order 1; far beyond the MLP overflows
+        raise ValueError(f"{text!r}: a code can be changed by at most 1,000,000")
     return layer, Edit(level, feature, keep, add)
 
 

@@ -420,6 +420,7 @@ def edited(*edit):
     (lambda: label_bits(10, 26), ["n=26", "25"]),
     (lambda: CayleySAE(1000, "10,16,0"), ["n_embd=1000", "power of two"]),
     (lambda: CayleySAE(1024, "11,16,0"), ["'11,16,0'", "10"]),
+    (lambda: CayleySAE(1024, "99999999999999,16,0"), ["'99999999999999,16,0'", "10"]),
     (lambda: CayleySAE(1024, "10,16,4"), ["'10,16,4'", "delta = 0"]),
     (lambda: CayleySAE(1024, "10,16,0;10,16,16"), ["above", "10"]),
     (lambda: CayleySAE(1024, "10,16,0;26,16,65536"), ["25 bits"]),

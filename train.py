@@ -142,6 +142,12 @@ def check_settings():
     for key in ("momentum", "beta1", "beta2"):
         if not 0 <= globals()[key] < 1:
             raise ValueError(f"{key}={globals()[key]}: must be from 0 to below 1")
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if gradient_accumulation_steps % world_size:
+        raise ValueError(
+            f"gradient_accumulation_steps={gradient_accumulation_steps} is not a multiple of the "
+            f"{world_size} ranks"
+        )
     if seed >= 2**63:
         raise ValueError(f"seed={seed}: must be below 2^63")
     if not 0 <= warmdown_frac <= 1:
@@ -199,11 +205,6 @@ class Ranks:
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.master = self.rank == 0
         self.device = pick_device(device)
-        if gradient_accumulation_steps % self.world_size:
-            raise ValueError(
-                f"gradient_accumulation_steps={gradient_accumulation_steps} is not a multiple of "
-                f"the {self.world_size} ranks"
-            )
         launched = "RANK" in os.environ
         if self.device.type == "cuda":
             if launched:
@@ -588,7 +589,8 @@ def load_last(config, train_windows):
         if os.path.exists(ckpt):
             hint = f"; {ckpt} is there: to go on from it, copy it to {last}"
         raise ValueError(f"{error}{hint}") from None
-    for key, value in checkpoint["model_args"].items():
+    defaults = {field.name: field.default for field in fields(GPTConfig)}  # of settings since then
+    for key, value in {**defaults, **checkpoint["model_args"]}.items():
         if config.get(key) != value:
             raise ValueError(f"{last} was trained with {key}={value!r}, not {config.get(key)!r}: "
                              "use that, or another out_dir")
@@ -974,21 +976,30 @@ def start_run(config, ranks):
 # -----------------------------------------------------------------------------
 
 
+def show_dry_run(config):
+    """Print the plan of the run, once. Raises ValueError for a model that can't be."""
+    with torch.device("meta"):
+        GPT(gpt_config(config))
+    if int(os.environ.get("RANK", 0)):
+        return
+    corners = [0, warmup_iters, max_iters]
+    if lr_schedule == "parity":
+        print(f"parity: flat until val loss is within {parity_band} of {target_val_loss}, then "
+              f"a warmdown of {parity_iters} iterations, and the end")
+    else:
+        corners.append(int((1 - warmdown_frac) * max_iters))
+    rates = {}
+    for corner in corners:
+        it = min(corner, max_iters)
+        rates[it] = get_lr(it, muon_lr, muon_min_lr), get_lr(it, adamw_lr, adamw_min_lr)
+    account.show_plan(config, rates)
+
+
 def main():
     config = configure(globals())
     check_settings()
     if dry_run:
-        corners = [0, warmup_iters, max_iters]
-        if lr_schedule == "parity":
-            print(f"parity: flat until val loss is within {parity_band} of {target_val_loss}, then "
-                  f"a warmdown of {parity_iters} iterations, and the end")
-        else:
-            corners.append(int((1 - warmdown_frac) * max_iters))
-        rates = {}
-        for corner in corners:
-            it = min(corner, max_iters)
-            rates[it] = get_lr(it, muon_lr, muon_min_lr), get_lr(it, adamw_lr, adamw_min_lr)
-        return account.show_plan(config, rates)
+        return show_dry_run(config)
     ranks = Ranks()
     run = start_run(config, ranks)
     final = prepare_final_evals(config) if final_evals else None
@@ -1008,8 +1019,8 @@ def main():
             hardware = f"{ranks.world_size} x {meter.name}"
             write_config(config, hardware)
             log = Log(log_columns(run.raw_model), state, config)
-            print(f"{run.raw_model.get_num_params():,} parameters, {hardware}, "
-                  f"{meter.tokens_per_iter:,} tokens an iteration, "
+            print(f"{run.raw_model.get_num_params():,} parameters without positions and features' "
+                  f"biases, {hardware}, {meter.tokens_per_iter:,} tokens an iteration, "
                   f"{len(run.train_windows):,} training windows")
             if state.iter >= state.end:
                 longer = "max_iters" if state.end == max_iters else "parity_iters"

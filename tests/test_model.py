@@ -56,7 +56,7 @@ def test_whole_model_compiles_without_graph_breaks():
     loss = model(idx, idx)[1]
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(idx, idx)[1]
     compiled.backward()
-    torch.testing.assert_close(compiled, loss)
+    torch.testing.assert_close(compiled, loss, atol=1e-5, rtol=1e-5)
     assert all(p.grad is not None for p in model.parameters())
 
 

@@ -121,6 +121,15 @@ def test_a_checkpoint_that_lacks_something_is_one_line(trained, data_dir, tmp_pa
     assert all(word in result.stderr for word in words), result.stderr
 
 
+def test_a_setting_newer_than_the_checkpoint_had_its_default(trained, data_dir, tmp_path):
+    run = copy_of(trained, tmp_path)
+    checkpoint = torch.load(run / "last.pt", weights_only=True)
+    del checkpoint["model_args"]["near_misses"]
+    torch.save(checkpoint, run / "last.pt")
+    result = run_training(data_dir, run, init_from="resume", max_iters=22, near_misses=5)
+    assert result.returncode == 1 and "near_misses=0, not 5" in result.stderr
+
+
 def test_a_log_without_a_header_is_refused_and_kept(trained, data_dir, tmp_path):
     run = copy_of(trained, tmp_path)
     (run / "log.csv").write_text("1,2,3\n4,5,6\n")
