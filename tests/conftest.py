@@ -1,11 +1,16 @@
 """What several test files use: a small data set, a small training run, and how to start one."""
 import csv
+import multiprocessing
 import os
+import runpy
+import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # for test files that are run as scripts
@@ -27,13 +32,15 @@ TINY = dict(
     log_interval=1,
 )
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["pytest", "torch._dynamo"])  # most of a script's seconds to start
 
 
 def make_data(directory):
     """Byte tokens of Python's own text in directory."""
-    command = [sys.executable, ROOT / "prepare_fineweb.py", "--source=python", "--tokenizer=bytes"]
+    command = [ROOT / "prepare_fineweb.py", "--source=python", "--tokenizer=bytes"]
     command += [f"--out_dir={directory}", "--val_tokens=20000", "--tokens=200000"]
-    subprocess.run(command, check=True, capture_output=True)
+    run_script(*command).check_returncode()
     return directory
 
 
@@ -51,14 +58,51 @@ def train_command(data_dir, out_dir, ranks=1, /, **settings):
     return [*launcher, ROOT / "train.py", *arguments(settings)]
 
 
-def run_training(*args, **settings):
-    command = train_command(*args, **settings)
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+def become_script(command, environment, output, error):
+    """What a forked process does: all of `python command`, appending to two files."""
+    for path, descriptor in ((output, 1), (error, 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    sys.argv = command
+    sys.path.insert(0, os.path.dirname(command[0]))
+    runpy.run_path(command[0], run_name="__main__")
 
 
-def run_script(*command):
-    command = [sys.executable, *command]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+def rank_environments(ranks):
+    """The variables that torchrun sets, for each rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
+def run_script(*command, ranks=1):
+    """
+    A script and its arguments in processes of their own -> subprocess.CompletedProcess.
+
+    They are forked from one that has imported PyTorch, which spares the suite minutes. Several
+    ranks are without torchrun's launcher; train_command has it.
+    """
+    command = [str(word) for word in command]
+    with tempfile.TemporaryDirectory() as directory:
+        paths = [Path(directory, name) for name in ("output", "error")]
+        processes = []
+        for environment in rank_environments(ranks) if ranks > 1 else [{}]:
+            args = (command, environment, *paths)
+            processes.append(FORKS.Process(target=become_script, args=args))
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        texts = [path.read_text() for path in paths]
+    status = next((process.exitcode for process in processes if process.exitcode), 0)
+    return subprocess.CompletedProcess(command, status, *texts)
+
+
+def run_training(data_dir, out_dir, ranks=1, /, **settings):
+    return run_script(*train_command(data_dir, out_dir, **settings)[1:], ranks=ranks)
 
 
 def log_rows(out_dir, column="loss"):

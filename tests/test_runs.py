@@ -14,7 +14,6 @@ import torch
 from conftest import (
     ENVIRONMENT,
     ROOT,
-    arguments,
     contents,
     log_rows,
     make_data,
@@ -234,7 +233,8 @@ def test_a_signal_ends_final_evals_and_keeps_the_run(data_dir, tmp_path):
     (dict(adamw_lr=1e30, warmup_iters=0), "train.py: iteration 1: loss"),
 ])
 def test_torchrun_s_last_words_are_our_one_line(data_dir, tmp_path, settings, words):
-    result = run_training(data_dir, tmp_path / "run", 2, **settings)
+    command = train_command(data_dir, tmp_path / "run", 2, **settings)
+    result = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert result.returncode != 0
     assert result.stderr.count(words) == 1
     last = [line for line in result.stderr.splitlines() if line.strip("=- ")][-1]
@@ -277,9 +277,8 @@ def test_a_config_that_raises_anything_is_one_line(tmp_path, text):
 def test_a_vocabulary_that_is_too_small_names_a_size_that_is_not(data_dir, tmp_path):
     result = run_training(data_dir, tmp_path / "run", vocab_size=100)
     assert result.returncode == 1 and "set vocab_size=320" in result.stderr
-    settings = arguments(dict(max_iters=1, eval_interval=1))
-    command = [*train_command(data_dir, tmp_path / "run", vocab_size=320), *settings]
-    assert subprocess.run(command, capture_output=True, env=ENVIRONMENT).returncode == 0
+    settings = dict(vocab_size=320, max_iters=1, eval_interval=1)
+    assert run_training(data_dir, tmp_path / "run", **settings).returncode == 0
 
 
 # -----------------------------------------------------------------------------

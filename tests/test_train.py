@@ -3,7 +3,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from conftest import (
     contents,
     largest_difference,
     log_rows,
+    run_script,
     run_training,
     train_command,
 )
@@ -141,8 +141,7 @@ def test_explained_variance_scores_a_constant_0_and_a_scaled_copy_1():
 
 
 def sample(*arguments):
-    command = [sys.executable, ROOT / "sample.py", "--device=cpu", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+    return run_script(ROOT / "sample.py", "--device=cpu", *arguments)
 
 
 def test_sampling_from_a_checkpoint(trained, tmp_path):
