@@ -36,22 +36,38 @@ out_dir = "out/tax"
 
 TRAIN = [os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")]
 DENSE = "cayley_levels="
+OURS = ("seed", "out_dir", "init_from", "dry_run")  # settings of train.py that this script gives
+ALIKE = ("max_iters", "eval_interval", "batch_size", "gradient_accumulation_steps", "block_size",
+         "data_dir")  # that only train_settings may give, for gaps at equal tokens
 
 # -----------------------------------------------------------------------------
 # runs
 
-def check_words(words):
-    """Raise ValueError for a word that isn't key=value."""
+def check_words(words, refused):
+    """Raise ValueError for a word that isn't key=value, or whose key may not be given here."""
     for word in words:
-        if "=" not in word:
+        key, equals, _ = word.partition("=")
+        if not equals:
             raise ValueError(f"{word!r}: write key=value")
+        if key in OURS and key in refused:
+            raise ValueError(f"{word!r}: tax.py gives {key} itself")
+        if key in refused:
+            raise ValueError(f"{word!r}: all runs share {key}: give it by --train_settings")
 
 
 def parse_variants(texts):
-    """["name: key=value key=value"] -> {name: "key=value key=value"}, the dense twin first."""
+    """
+    ["name: key=value key=value"] -> {name: "key=value key=value"}, the dense twin first.
+
+    Raises ValueError for a text without a name and for a name that is taken.
+    """
     settings = {"dense": DENSE}
     for text in texts or ["cayley:"]:
-        name, _, words = text.partition(":")
+        name, colon, words = text.partition(":")
+        if not colon or not name.strip():
+            raise ValueError(f"variant={text!r}: write name: key=value key=value")
+        if name in settings:
+            raise ValueError(f"variant={text!r}: the name {name!r} is taken, choose another")
         settings[name] = words
     return settings
 
@@ -68,7 +84,7 @@ def claim(directory, text):
     Raises ValueError if it holds a run with other settings.
     """
     path = os.path.join(directory, "settings.txt")
-    if os.path.exists(path):
+    if os.path.exists(path) and os.path.exists(os.path.join(directory, "log.csv")):
         with open(path, encoding="utf-8") as file:
             old = file.read()
         if old != text:
@@ -85,30 +101,28 @@ def read_curve(directory):
     return [(int(row["tokens"]), float(row["val_loss"])) for row in rows]
 
 
-def run(script, config, words, directory, threads):
+def launch(script, config, words, directory, threads):
     """
-    One run, to its end or from where it stopped -> rows (tokens, val_loss) of its evaluations.
+    A process of train.py, to its end, for a run in directory.
 
     script: the command line of train.py, or of a script that takes train.py's arguments; words:
     key=value. Raises ValueError with the last line of its errors if it fails.
     """
-    resumes = os.path.exists(os.path.join(directory, "last.pt"))
-    words = [*words, f"out_dir={directory}", f"init_from={'resume' if resumes else 'scratch'}"]
+    words = [*words, f"out_dir={directory}"]
     command = [sys.executable, *script, config, *(f"--{word}" for word in words)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or [f"status {result.returncode}"])[-1]
         raise ValueError(f"{directory}: {reason}")
-    return read_curve(directory)
 
 
 def compare(settings, config, common, out_dir, seeds=1, jobs=1, script=TRAIN):
     """
-    Train every setting with every seed, all on the same batches.
+    Train every setting with every seed, all on the same batches, after a dry run of each setting.
 
     settings: {name: "key=value key=value"}; common: a list of key=value for all of them; script:
-    see run. Returns {name: [curve per seed]}, a curve being rows (tokens, val_loss). Raises
+    see launch. Returns {name: [curve per seed]}, a curve being rows (tokens, val_loss). Raises
     ValueError for impossible arguments, for a directory in out_dir that holds a run with other
     settings, and if a run fails.
     """
@@ -116,21 +130,35 @@ def compare(settings, config, common, out_dir, seeds=1, jobs=1, script=TRAIN):
         raise ValueError(f"seeds={seeds} and jobs={jobs} must be at least 1")
     if not os.path.isfile(config):
         raise ValueError(f"{config}: no such config")
+    check_words(common, OURS)
     for text in settings.values():
-        check_words([*common, *text.split()])
+        check_words(text.split(), OURS + ALIKE)
+    if len({run_directory(out_dir, name, 0) for name in settings}) < len(settings):
+        raise ValueError(f"two of {list(settings)} would share a directory: choose other names")
     work = [(name, seed) for seed in range(seeds) for name in settings]
     for name, seed in work:
         text = " ".join([config, *common, settings[name]])
         claim(run_directory(out_dir, name, seed), text)
     threads = max(1, os.cpu_count() // jobs)
 
+    def words_of(name, seed):
+        return [*common, *settings[name].split(), f"seed={1337 + seed}"]
+
+    def try_one(name):
+        directory = run_directory(out_dir, name, 0)
+        if not os.path.exists(os.path.join(directory, "last.pt")):
+            launch(script, config, [*words_of(name, 0), "dry_run=True"], directory, threads)
+
     def run_one(item):
-        name, seed = item
-        words = [*common, *settings[name].split(), f"seed={1337 + seed}"]
-        return run(script, config, words, run_directory(out_dir, name, seed), threads)
+        directory = run_directory(out_dir, *item)
+        resumes = os.path.exists(os.path.join(directory, "last.pt"))
+        init_from = f"init_from={'resume' if resumes else 'scratch'}"
+        launch(script, config, [*words_of(*item), init_from], directory, threads)
+        return read_curve(directory)
 
     curves = {name: [] for name in settings}
     with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(try_one, settings))
         finished = tqdm(pool.map(run_one, work), total=len(work), unit="run")
         for (name, _), curve in zip(work, finished):
             curves[name].append(curve)

@@ -13,6 +13,7 @@ from conftest import ROOT, TINY, run_script
 
 import tax
 from cayley import CayleySAE
+from model import load_model
 
 ABLATION = ROOT / "records" / "ablation" / "ablation.py"
 spec = importlib.util.spec_from_file_location("ablation", ABLATION)
@@ -61,6 +62,31 @@ def test_gaps_are_paired_by_seed():
     assert lines[2].startswith("| dense | 2.500 +- 0.707 |  |")
     assert lines[3].startswith("| first | 3.000 +- 0.707 | 0.500 +- 0.000 |  |")
     assert lines[4].startswith("| other | 2.800 +- 0.849 | 0.300 +- 0.141 | -0.200 +- 0.141 |")
+
+
+@pytest.mark.parametrize("texts, words", [
+    (["cayley_levels=7,24,0"], "write name: key=value"),
+    ([": cayley_levels=7,24,0"], "write name: key=value"),
+    (["dense: cayley_levels=7,24,0"], "'dense' is taken"),
+    (["a: near_misses=1", "a: near_misses=2"], "'a' is taken"),
+    (["a b: near_misses=1", "a_b: near_misses=2"], "share a directory"),
+    (["a: max_iters=1"], "all runs share max_iters"),
+    (["a: seed=7"], "tax.py gives seed itself"),
+])
+def test_variants_that_could_not_be_compared_are_refused(config, tmp_path, texts, words):
+    with pytest.raises(ValueError, match=words):
+        tax.compare(tax.parse_variants(texts), config, [], str(tmp_path / "tax"))
+    assert not (tmp_path / "tax").exists()
+
+
+def test_a_typo_costs_no_run_and_can_be_corrected(config, tmp_path):
+    """A dry run of every setting comes before the first training."""
+    out_dir = tmp_path / "tax"
+    for _ in range(2):  # the second time the directory is there, but holds no run
+        with pytest.raises(ValueError, match="'nosuch'"):
+            tax.compare(tax.parse_variants(["x: nosuch=3"]), str(config), [], str(out_dir), jobs=2)
+    assert not list(out_dir.glob("*/*/log.csv"))
+    tax.claim(tax.run_directory(str(out_dir), "x", 0), "other settings")
 
 
 def test_the_whole_command(config, tmp_path):
@@ -141,6 +167,24 @@ def test_coherence_of_the_dictionaries(options, dictionary, largest):
     atoms = AblatedSAE(256, "8,8,0;12,16,64").atoms_1.double()
     products = atoms[:1] @ atoms[1:].T  # they depend on u XOR v alone
     assert products.abs().max().item() == largest
+
+
+@pytest.mark.parametrize("argument, words", [
+    ("--residual=true", "residual='true' must be bool"),
+    ("--leaf_weight=abc", "leaf_weight='abc' must be float"),
+    ("--dictionary=golden", "dictionary='golden'"),
+])
+def test_an_option_of_the_wrong_type_is_refused(argument, words):
+    wrong = run_script(ABLATION, "--train", argument)
+    assert wrong.returncode == 1 and words in wrong.stderr and wrong.stderr.count("\n") == 1
+
+
+def test_a_checkpoint_of_the_layer_with_options_is_not_taken_for_a_plain_one(config, tmp_path):
+    out_dir = tmp_path / "run"
+    result = run_script(ABLATION, "--train", config, "--residual=True", f"--out_dir={out_dir}")
+    assert result.returncode == 0, result.stderr
+    with pytest.raises(ValueError, match="can't be built.*sae.use"):
+        load_model(str(out_dir / "ckpt.pt"))
 
 
 def test_the_random_dictionary_keeps_the_parents(options):

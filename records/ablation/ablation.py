@@ -146,7 +146,8 @@ class AblatedSAE(CayleySAE):
                 atoms = self.atoms(i, range(2**level.n))
             self.register_buffer(f"atoms_{i}", atoms, persistent=False)
         self.register_buffer("pending_raw", torch.zeros(2, len(self.bias)), persistent=False)
-        self.register_buffer("use", torch.ones(len(self.bias)), persistent=False)
+        # in checkpoints, which the plain layer therefore refuses
+        self.register_buffer("use", torch.ones(len(self.bias)))
 
     def encode(self, x):
         codes = []
@@ -217,25 +218,22 @@ class AblatedSAE(CayleySAE):
 # -----------------------------------------------------------------------------
 # runs
 
-OPTIONS = {
-    "dictionary": str,
-    "residual": lambda text: text == "True",
-    "repeats": lambda text: text == "True",
-    "absolute": lambda text: text == "True",
-    "leaf_weight": float,
-    "revive": float,
-}
+OPTIONS = ("dictionary", "residual", "repeats", "absolute", "leaf_weight", "revive")
+DICTIONARIES = ("kasami", "gold", "random")
 
 
 def take_options(arguments):
     """--key=value arguments -> {key: value} of those of AblatedSAE, and the others."""
-    options, others = {}, []
+    ours, others = [], []
     for argument in arguments:
-        key, _, text = argument.removeprefix("--").partition("=")
-        if key in OPTIONS:
-            options[key] = OPTIONS[key](text)
-        else:
-            others.append(argument)
+        key = argument.removeprefix("--").partition("=")[0]
+        (ours if key in OPTIONS else others).append(argument)
+    if not ours:
+        return {}, others
+    options = configure({key: getattr(AblatedSAE, key) for key in OPTIONS}, ours)
+    if options["dictionary"] not in DICTIONARIES:
+        raise ValueError(f"dictionary={options['dictionary']!r}: must be one of "
+                         f"{', '.join(map(repr, DICTIONARIES))}")
     return options, others
 
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from variants import fitted_sae  # noqa: E402
+from variants import fitted_sae, one_layer  # noqa: E402
 
 import scorecard  # noqa: E402
 from configurator import run_main  # noqa: E402
@@ -25,6 +25,16 @@ def parse_choice(text):
         return int(float(tokens)), float(lr), int(batch)
     except ValueError:
         raise ValueError(f"{text!r}: write tokens,lr,batch, as in 3.5e5,5e-3,1024") from None
+
+
+def choose(tokens, lr, batch):
+    """Have the next SAE fitted so. Raises ValueError for what makes no sense."""
+    if batch < 1:
+        raise ValueError(f"batch={batch}: must be at least 1")
+    scorecard.sae_tokens = tokens
+    scorecard.sae_lr = lr
+    scorecard.SAE_BATCH = batch
+    scorecard.check_settings()
 
 
 def row_of(reader, sae):
@@ -45,20 +55,23 @@ def row_of(reader, sae):
 def main():
     words = [word for word in sys.argv[1:] if word.startswith("--")]
     choices = [parse_choice(word) for word in sys.argv[1:] if not word.startswith("--")]
+    scorecard.__doc__ = __doc__  # what --help prints
     scorecard.configure(vars(scorecard), words)
+    if not choices:
+        raise ValueError("give one or more choices tokens,lr,batch, as in 3.5e5,5e-3,1024")
+    for choice in choices:
+        choose(*choice)
     target = pick_device(scorecard.device)
     pair, configs = scorecard.load_pair(scorecard.ckpt, scorecard.dense, target)
     data = scorecard.load_data(configs[0])
-    (layer,) = scorecard.chosen_layers(len(pair.dense.blocks))
+    layer = one_layer(pair.dense)
     reader = scorecard.Reader(pair, layer, data)
     shape = scorecard.code_shape(pair.cayley.saes()[0])
     print("tokens,lr,batch,explained,one_f1,five_f1,dead")
-    for tokens, lr, batch in choices:
-        scorecard.sae_tokens = tokens
-        scorecard.sae_lr = lr
-        scorecard.SAE_BATCH = batch
+    for choice in choices:
+        choose(*choice)
         sae = fitted_sae(pair.dense, data, layer, shape)
-        print(tokens, lr, batch, *row_of(reader, sae), sep=",", flush=True)
+        print(*choice, *row_of(reader, sae), sep=",", flush=True)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,14 @@ def numbers_of(reader, arm, modules, loss_of_dense):
     return [f"{value:.4f}" for value in values]
 
 
+def one_layer(model):
+    """The layer to read. Raises ValueError if the settings name several."""
+    chosen = scorecard.chosen_layers(len(model.blocks))
+    if len(chosen) > 1:
+        raise ValueError(f"layers={scorecard.layers!r}: name one layer")
+    return chosen[0]
+
+
 def fitted_sae(model, data, layer, shape):
     """A post-hoc SAE of a model; shape: its features, and how many of them are active."""
     (sae,) = scorecard.fitted_saes(model, data.train, [(layer, "TopK")], *shape, seed=0)
@@ -46,6 +54,7 @@ def fitted_sae(model, data, layer, shape):
 def main():
     words = [word for word in sys.argv[1:] if word.startswith("--")]
     variants = [word.partition(": ") for word in sys.argv[1:] if not word.startswith("--")]
+    scorecard.__doc__ = __doc__  # what --help prints
     scorecard.configure(vars(scorecard), words)
     scorecard.check_settings()
     if not variants or not all(path for _, _, path in variants):
@@ -58,7 +67,7 @@ def main():
     # all are twins of one dense model, and so of one set of data
     data = scorecard.load_data(configs[0])
     loss_of_dense = mean_loss(pair.dense, data, {})
-    (layer,) = scorecard.chosen_layers(len(pair.dense.blocks))
+    layer = one_layer(pair.dense)
     writer = csv.writer(sys.stdout)
     writer.writerow(["variant", "row", "val_loss", "minus_dense", *NUMBERS, "dead", "explained"])
     shapes = {}  # of post-hoc SAEs, without repetition
