@@ -639,3 +639,42 @@ def test_checkpoints_that_make_no_pair(trained, twin, tmp_path, monkeypatch):
     torch.save({**checkpoint, "data": "other"}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="were trained on different data"):
         scorecard.load_pair(str(trained), str(tmp_path / "other.pt"), cpu)
+
+
+# -----------------------------------------------------------------------------
+# records/scorecard
+
+
+def run_record(name, *words, **settings):
+    settings = arguments({**TINY_CARD, **settings})
+    return run_script(ROOT / "records" / "scorecard" / name, *words, *settings)
+
+
+def test_a_table_of_variants(trained, twin):
+    result = run_record("variants.py", f"mine: {trained}", dense=twin)
+    assert result.returncode == 0, result.stderr
+    rows = list(csv.DictReader(result.stdout.splitlines()))
+    assert [(row["variant"], row["row"]) for row in rows] == [
+        ("mine", "Cayley"), ("mine", "Cayley, level 0"), ("mine", "Cayley, level 1"),
+        ("10 of 288", "TopK SAE on dense"),
+    ]
+    dense_losses = {round(float(row["val_loss"]) - float(row["minus_dense"]), 3) for row in rows}
+    assert len(dense_losses) == 1
+    assert all(0 < float(row["one_f1"]) <= 1 for row in rows)
+
+
+@pytest.mark.parametrize("name, words, settings, message", [
+    ("variants.py", [], {}, "name: cayley.pt"),
+    ("variants.py", ["cayley.pt"], {}, "name: cayley.pt"),
+    ("variants.py", ["mine: {run}"], {"layers": "0,1"}, "layers='0,1': name one layer"),
+    ("variants.py", ["mine: {run}"], {"dense": ""}, "dense=''"),
+    ("sae_lr.py", [], {}, "tokens,lr,batch"),
+    ("sae_lr.py", ["20000,1e-3,0"], {}, "batch=0"),
+    ("sae_lr.py", ["20000,-1,64"], {}, "sae_lr=-1.0"),
+    ("sae_lr.py", ["20,1e-3,64"], {}, "sae_tokens=20"),
+])
+def test_the_record_s_scripts_refuse(trained, twin, name, words, settings, message):
+    words = [word.format(run=trained) for word in words]
+    result = run_record(name, *words, **{"ckpt": trained, "dense": twin, **settings})
+    assert result.returncode == 1 and message in result.stderr, result.stderr
+    assert result.stderr.count("\n") == 1

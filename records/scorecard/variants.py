@@ -64,10 +64,10 @@ def main():
     for name, _, path in variants:
         pair, configs = scorecard.load_pair(path, scorecard.dense, target)
         pairs.append((name, pair))
+    layer = one_layer(pair.dense)
     # all are twins of one dense model, and so of one set of data
     data = scorecard.load_data(configs[0])
     loss_of_dense = mean_loss(pair.dense, data, {})
-    layer = one_layer(pair.dense)
     writer = csv.writer(sys.stdout)
     writer.writerow(["variant", "row", "val_loss", "minus_dense", *NUMBERS, "dead", "explained"])
     shapes = {}  # of post-hoc SAEs, without repetition
