@@ -1,5 +1,5 @@
-# Level 0 alone: 1,024 features a layer, all 48 active ones among them. At the small sizes that were run
-# it loses less than two levels and reads better on average (records/ablation, records/scorecard).
+# Level 0 alone: 1,024 features a layer, all 48 active ones among them. At small sizes it loses less
+# than two levels and reads better (records/ablation, records/scorecard); not run at this one.
 # torchrun --nproc_per_node=8 train.py configs/cayley_small_1L.py
 out_dir = "out/cayley_small_1L"
 data_dir = "data/fineweb_edu"
