@@ -43,15 +43,15 @@ ALIKE = ("max_iters", "eval_interval", "batch_size", "gradient_accumulation_step
 # -----------------------------------------------------------------------------
 # runs
 
-def check_words(words, refused):
-    """Raise ValueError for a word that isn't key=value, or whose key may not be given here."""
+def check_words(words, alike=()):
+    """Raise ValueError for a word that isn't key=value, or whose key is in OURS or alike."""
     for word in words:
         key, equals, _ = word.partition("=")
         if not equals:
             raise ValueError(f"{word!r}: write key=value")
-        if key in OURS and key in refused:
+        if key in OURS:
             raise ValueError(f"{word!r}: tax.py gives {key} itself")
-        if key in refused:
+        if key in alike:
             raise ValueError(f"{word!r}: all runs share {key}: give it by --train_settings")
 
 
@@ -101,6 +101,10 @@ def read_curve(directory):
     return [(int(row["tokens"]), float(row["val_loss"])) for row in rows]
 
 
+def can_resume(directory):
+    return os.path.exists(os.path.join(directory, "last.pt"))
+
+
 def launch(script, config, words, directory, threads):
     """
     A process of train.py, to its end, for a run in directory.
@@ -130,9 +134,9 @@ def compare(settings, config, common, out_dir, seeds=1, jobs=1, script=TRAIN):
         raise ValueError(f"seeds={seeds} and jobs={jobs} must be at least 1")
     if not os.path.isfile(config):
         raise ValueError(f"{config}: no such config")
-    check_words(common, OURS)
+    check_words(common)
     for text in settings.values():
-        check_words(text.split(), OURS + ALIKE)
+        check_words(text.split(), ALIKE)
     if len({run_directory(out_dir, name, 0) for name in settings}) < len(settings):
         raise ValueError(f"two of {list(settings)} would share a directory: choose other names")
     work = [(name, seed) for seed in range(seeds) for name in settings]
@@ -146,19 +150,19 @@ def compare(settings, config, common, out_dir, seeds=1, jobs=1, script=TRAIN):
 
     def try_one(name):
         directory = run_directory(out_dir, name, 0)
-        if not os.path.exists(os.path.join(directory, "last.pt")):
+        if not can_resume(directory):
             launch(script, config, [*words_of(name, 0), "dry_run=True"], directory, threads)
 
     def run_one(item):
         directory = run_directory(out_dir, *item)
-        resumes = os.path.exists(os.path.join(directory, "last.pt"))
-        init_from = f"init_from={'resume' if resumes else 'scratch'}"
-        launch(script, config, [*words_of(*item), init_from], directory, threads)
+        init_from = "resume" if can_resume(directory) else "scratch"
+        words = [*words_of(*item), f"init_from={init_from}"]
+        launch(script, config, words, directory, threads)
         return read_curve(directory)
 
     curves = {name: [] for name in settings}
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(try_one, settings))
+        list(pool.map(try_one, settings))  # a list, which raises what one of them raised
         finished = tqdm(pool.map(run_one, work), total=len(work), unit="run")
         for (name, _), curve in zip(work, finished):
             curves[name].append(curve)

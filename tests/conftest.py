@@ -88,8 +88,9 @@ def run_script(*command, ranks=1):
     command = [str(word) for word in command]
     with tempfile.TemporaryDirectory() as directory:
         paths = [Path(directory, name) for name in ("output", "error")]
+        environments = rank_environments(ranks) if ranks > 1 else [{}]
         processes = []
-        for environment in rank_environments(ranks) if ranks > 1 else [{}]:
+        for environment in environments:
             args = (command, environment, *paths)
             processes.append(FORKS.Process(target=become_script, args=args))
         for process in processes:

@@ -21,7 +21,7 @@ def run(*command):
 
 
 def test_kernels_equal_the_definition_and_the_cpu_in_the_interpreter():
-    """Ids, products, outputs, gradients of eleven shapes; ties, 16-bit inputs, the start."""
+    """Ids, products, outputs, gradients of 11 shapes; ties, 16-bit inputs, the start's check."""
     output = run(ROOT / "tests" / "triton_program.py")
     assert output.count("layer ") == 11 and output.endswith("compiled\n")
 

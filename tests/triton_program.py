@@ -25,7 +25,7 @@ SHAPES = [  # n_embd, levels, tokens
     (32, "5,2,0;10,3,32;15,3,32", 1),  # a block's bits reach beyond the coordinate's
     (32, "5,8,0;8,6,256", 2),  # delta maximal: one block
     (64, "6,1,0;9,1,8", 3),  # delta minimal, k = 1
-    (64, "6,4,0;9,5,16;12,7,32", 3),
+    (64, "6,4,0;9,5,16;12,7,32", 5),
     (128, "7,8,0;10,5,8;17,6,128", 3),
     (256, "8,3,0;12,9,64", 2),
     (512, "9,5,0;13,7,64", 1),
@@ -162,9 +162,10 @@ def main():
     for shape in SHAPES:
         check_layer(*shape)
         print("layer", *shape, flush=True)
-    for shape, dtype in ((SHAPES[4], torch.bfloat16), (SHAPES[6], torch.float16)):
-        check_half(*shape, dtype)
-        print("half", *shape, dtype, flush=True)
+    for dtype in (torch.bfloat16, torch.float16):
+        for shape in (SHAPES[4], SHAPES[6]):
+            check_half(*shape, dtype)
+            print("half", *shape, dtype, flush=True)
     check_ties()
     print("ties", flush=True)
     check_comparison()

@@ -227,7 +227,10 @@ def take_options(arguments):
     ours, others = [], []
     for argument in arguments:
         key = argument.removeprefix("--").partition("=")[0]
-        (ours if key in OPTIONS else others).append(argument)
+        if key in OPTIONS:
+            ours.append(argument)
+        else:
+            others.append(argument)
     if not ours:
         return {}, others
     options = configure({key: getattr(AblatedSAE, key) for key in OPTIONS}, ours)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from variants import fitted_sae, one_layer  # noqa: E402
+from variants import fitted_sae, one_layer, read_command  # noqa: E402
 
 import scorecard  # noqa: E402
 from configurator import run_main  # noqa: E402
@@ -53,13 +53,10 @@ def row_of(reader, sae):
 
 
 def main():
-    words = [word for word in sys.argv[1:] if word.startswith("--")]
-    choices = [parse_choice(word) for word in sys.argv[1:] if not word.startswith("--")]
-    scorecard.__doc__ = __doc__  # what --help prints
-    scorecard.configure(vars(scorecard), words)
+    choices = [parse_choice(word) for word in read_command(__doc__)]
     if not choices:
         raise ValueError("give one or more choices tokens,lr,batch, as in 3.5e5,5e-3,1024")
-    for choice in choices:
+    for choice in choices:  # a wrong one before the first takes minutes
         choose(*choice)
     target = pick_device(scorecard.device)
     pair, configs = scorecard.load_pair(scorecard.ckpt, scorecard.dense, target)

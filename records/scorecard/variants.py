@@ -37,6 +37,14 @@ def numbers_of(reader, arm, modules, loss_of_dense):
     return [f"{value:.4f}" for value in values]
 
 
+def read_command(doc):
+    """Set scorecard.py from the command line -> the other arguments; doc: what --help prints."""
+    settings = [word for word in sys.argv[1:] if word.startswith("--")]
+    scorecard.__doc__ = doc
+    scorecard.configure(vars(scorecard), settings)
+    return [word for word in sys.argv[1:] if not word.startswith("--")]
+
+
 def one_layer(model):
     """The layer to read. Raises ValueError if the settings name several."""
     chosen = scorecard.chosen_layers(len(model.blocks))
@@ -52,10 +60,7 @@ def fitted_sae(model, data, layer, shape):
 
 
 def main():
-    words = [word for word in sys.argv[1:] if word.startswith("--")]
-    variants = [word.partition(": ") for word in sys.argv[1:] if not word.startswith("--")]
-    scorecard.__doc__ = __doc__  # what --help prints
-    scorecard.configure(vars(scorecard), words)
+    variants = [word.partition(": ") for word in read_command(__doc__)]
     scorecard.check_settings()
     if not variants or not all(path for _, _, path in variants):
         raise ValueError('give one or more checkpoints as "name: cayley.pt"')
