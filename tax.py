@@ -49,6 +49,7 @@ def check_words(words, alike=()):
         key, equals, _ = word.partition("=")
         if not equals:
             raise ValueError(f"{word!r}: write key=value")
+        key = key.replace("-", "_")  # as configurator.py reads it
         if key in OURS:
             raise ValueError(f"{word!r}: tax.py gives {key} itself")
         if key in alike:

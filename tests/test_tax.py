@@ -71,6 +71,7 @@ def test_gaps_are_paired_by_seed():
     (["a: near_misses=1", "a: near_misses=2"], "'a' is taken"),
     (["a b: near_misses=1", "a_b: near_misses=2"], "share a directory"),
     (["a: max_iters=1"], "all runs share max_iters"),
+    (["a: max-iters=1"], "all runs share max_iters"),
     (["a: seed=7"], "tax.py gives seed itself"),
 ])
 def test_variants_that_could_not_be_compared_are_refused(config, tmp_path, texts, words):
