@@ -2,27 +2,35 @@
 Overrides a script's globals by a config file and then by --key=value, checked. Every script here
 uses it.
 
-    config = configure(globals())     # at the top of a script, after its settings
+    config = configure(globals(), at_least=dict(batch_size=1))    # after a script's settings
 
 A setting is a global of plain type (bool, int, float, str) in lower case, or a list of strings, to
-which every --key=value adds one. A config file is a Python file of plain assignments to settings.
-On the command line '--key=value', '--key value', and '--key' alone for a bool; '-' and '_' are the
-same in keys. Mistakes end the script with one line that names them; --help lists the settings.
+which every --key=value adds one. A config file is a Python file of plain assignments to settings;
+names that begin with "_" and modules are its own. On the command line '--key=value',
+'--key value', and '--key' alone for a bool; '-' and '_' are the same in keys; --help lists the
+settings. From then on a ValueError or OSError ends the script with one line and status 1.
 """
 import ast
 import difflib
+import glob
 import json
+import math
+import operator
 import os
+import re
 import sys
+import types
 
-RENAMED = {  # settings that once had other names
-    "compile": "torch_compile",
-    "data": "data_dir",
-    "format": "export_format",
-    "json": "json_file",
-    "model": "model_name",
-    "out": "out_dir",
+NANOGPT = {  # names that its users will try
+    "learning_rate": ("muon_lr", "adamw_lr"),
+    "min_lr": ("muon_min_lr", "adamw_min_lr"),
+    "compile": ("torch_compile",),
+    "dropout": (),
 }
+NO_BOUNDS = types.MappingProxyType({})
+
+# -----------------------------------------------------------------------------
+# how a script ends
 
 
 def _tell_torchrun(line):
@@ -42,35 +50,36 @@ def _tell_torchrun(line):
     return True
 
 
-def fail(message):
-    """End the script with one line on standard error and status 1."""
+def one_line(kind, error, traceback):
+    """As sys.excepthook: what was raised of bad input is one line on standard error."""
+    if not issubclass(kind, (ValueError, OSError, KeyboardInterrupt)):
+        return sys.__excepthook__(kind, error, traceback)
+    message = "interrupted" if kind is KeyboardInterrupt else error
     line = f"{os.path.basename(sys.argv[0])}: {message}"
     if _tell_torchrun(line):
         sys.stdout.flush()
         os._exit(1)  # not by Python's own end, where gloo's threads may hang
     print(line, file=sys.stderr)
-    sys.exit(1)
 
 
-def run_main(main):
-    """Run a script's main(): what it or a library raises of its input ends it with one line."""
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        fail(error)
-    except KeyboardInterrupt:
-        fail("interrupted")
+# -----------------------------------------------------------------------------
+# settings
 
 
 def _check_known(key, settings, where):
-    """End the script unless key is a setting."""
+    """Raise ValueError unless key is a setting."""
     if key in settings:
         return
-    new_name = RENAMED.get(key)
-    if new_name in settings:
-        fail(f"{where}: the setting {key!r} is called {new_name!r} now")
-    nearest = difflib.get_close_matches(key, settings, n=1, cutoff=0)
-    fail(f"{where}: unknown setting {key!r}; the nearest is {nearest[0]!r} (--help lists all)")
+    hint = ""
+    ours = NANOGPT.get(key)
+    near = difflib.get_close_matches(key, settings, n=1)
+    if ours and set(ours) <= settings.keys():
+        hint = f"; nanoGPT's {key} is {' and '.join(map(repr, ours))} here"
+    elif ours == ():
+        hint = f"; there is no {key} here"
+    elif near:
+        hint = f"; the nearest is {near[0]!r}"
+    raise ValueError(f"{where}: unknown setting {key!r}{hint} (--help lists all)")
 
 
 def _checked(key, value, settings, where):
@@ -89,39 +98,81 @@ def _checked(key, value, settings, where):
     if kind is list and isinstance(value, str):
         value = settings[key] + [value]
     if type(value) is not kind:
-        fail(f"{where}: {key}={value!r} must be {kind.__name__}, as {settings[key]!r} is")
+        raise ValueError(f"{where}: {key}={value!r} must be {kind.__name__}, as {settings[key]!r} "
+                         "is")
+    if kind is str and key.endswith(("_dir", "_file", "ckpt")):
+        value = os.path.expanduser(value)  # the shell leaves the ~ of --out_dir=~/x alone
     return value
 
 
 def _read_config(path, settings):
     """The settings that a config file assigns, checked, as a dict."""
     where = f"config {path}"
+    if not os.path.isfile(path):
+        near = difflib.get_close_matches(path, glob.glob("configs/*.py"), n=1)
+        hint = f"; the nearest is {near[0]}" if near else ""
+        raise ValueError(f"{where}: no such file{hint}")
     namespace = {}
     try:
         with open(path, encoding="utf-8") as file:
             exec(compile(file.read(), path, "exec"), namespace)
     except (Exception, SystemExit) as error:  # it is the user's program, and may raise anything
-        fail(f"{where}: {type(error).__name__}: {error}")
+        raise ValueError(f"{where}: {type(error).__name__}: {error}") from None
     assigned = {}
     for key, value in namespace.items():
-        if not key.startswith("__"):
+        if not key.startswith("_") and not isinstance(value, types.ModuleType):
             assigned[key] = _checked(key, value, settings, where)
     return assigned
 
 
-def _print_help(namespace, defaults):
+def _print_help(namespace, settings, choices):
     print((namespace.get("__doc__") or "").strip(), "\n\nSettings and their defaults:")
-    for key, value in defaults.items():
-        print(f"  --{key}={value!r}")
+    with open(namespace["__file__"], encoding="utf-8") as file:
+        assignments = re.findall(r"^(\w+) = .*?  (#.*)", file.read(), re.MULTILINE)
+    comments = dict(reversed(assignments))  # the first of a name is the setting's
+    for key, value in settings.items():
+        words = [f"  --{key}={value!r}", comments.get(key, "")]
+        if key in choices:
+            words.append("one of " + ", ".join(map(repr, choices[key])))
+        print("  ".join(filter(None, words)))
 
 
-def configure(namespace, argv=None):
+def _check_bounds(settings, choices, at_least, at_most, below):
+    """Raise ValueError naming a setting that isn't among its choices or is beyond a bound."""
+    for key, allowed in choices.items():
+        if settings[key] not in allowed:
+            raise ValueError(f"{key}={settings[key]!r}: must be one of "
+                             + ", ".join(map(repr, allowed)))
+    checks = (
+        ("at least", operator.ge, at_least),
+        ("at most", operator.le, at_most),
+        ("below", operator.lt, below),
+    )
+    for words, holds, bounds in checks:
+        for key, bound in bounds.items():
+            value = settings[key]
+            if not holds(value, bound):
+                raise ValueError(f"{key}={value}: must be {words} {bound}")
+            if not math.isfinite(value):
+                raise ValueError(f"{key}={value}: must be finite")
+
+
+def configure(
+    namespace,
+    argv=None,
+    choices=NO_BOUNDS,
+    at_least=NO_BOUNDS,
+    at_most=NO_BOUNDS,
+    below=NO_BOUNDS,
+):
     """
     Apply a config file and --key=value arguments to the settings in namespace (a module's globals).
 
-    argv: the arguments, sys.argv[1:] by default. Returns the resolved settings as a dict, in their
-    order.
+    argv: the arguments, sys.argv[1:] by default. choices: {setting: its values}. at_least, at_most
+    and below: {setting: bound}. Returns the resolved settings as a dict, in their order. Raises
+    ValueError naming what is wrong, and where.
     """
+    sys.excepthook = one_line
     argv = list(sys.argv[1:] if argv is None else argv)
     settings = {}
     for key, value in namespace.items():
@@ -133,7 +184,7 @@ def configure(namespace, argv=None):
     while argv:
         arg = argv.pop(0)
         if arg in ("-h", "--help"):
-            _print_help(namespace, defaults)
+            _print_help(namespace, defaults, choices)
             sys.exit(0)
         elif arg.startswith("--"):
             key, equals, value = arg[2:].partition("=")
@@ -146,12 +197,14 @@ def configure(namespace, argv=None):
                     value = argv.pop(0)
                 else:
                     _check_known(key, defaults, "command line")
-                    fail(f"--{key} needs a value")
+                    raise ValueError(f"--{key} needs a value")
             settings[key] = _checked(key, value, settings, "command line")
         elif arg.endswith(".py") and config_file is None:
             config_file = arg
             settings.update(_read_config(config_file, defaults))
         else:
-            fail(f"command line: {arg!r} is neither one config file (.py) nor --key=value")
+            raise ValueError(f"command line: {arg!r} is neither one config file (.py) nor "
+                             "--key=value")
+    _check_bounds(settings, choices, at_least, at_most, below)
     namespace.update(settings)
     return settings

@@ -31,7 +31,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from configurator import configure, run_main
+from configurator import configure
 from data import (
     atomic,
     check_fields,
@@ -688,4 +688,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(main)
+    main()

@@ -16,9 +16,9 @@ import re
 import torch
 
 from cayley import Edit
-from configurator import configure, run_main
+from checkpoint import load_model, pick_device
+from configurator import configure
 from data import get_tokenizer, read_text
-from model import load_model, pick_device
 
 # settings, see configurator.py
 ckpt = "out/ckpt.pt"  # or a directory with a ckpt.pt
@@ -121,4 +121,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(main)
+    main()

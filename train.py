@@ -32,13 +32,14 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-import account
 import cayley
-from configurator import configure, run_main
+from checkpoint import load_checkpoint, pick_device
+from configurator import configure
 from data import Windows, atomic, get_tokenizer, lock, write_json
-from evals import code_statistics, explained
-from model import GPT, GPTConfig, load_checkpoint, pick_device
+from model import GPT, GPTConfig
 from muon import MuonAdamW
+from tools import account
+from tools.evals import code_statistics, explained
 
 # -----------------------------------------------------------------------------
 # settings: a config file and then --key=value override them, see configurator.py
@@ -899,7 +900,7 @@ def log_iteration(log, state, loss, grad_norm, muon_rate, adamw_rate, meter):
 
 def prepare_final_evals(config):
     """A function of a Run that scores its weights; what it needs is missed now, not after hours."""
-    import evals
+    from tools import evals
     arguments = final_evals_args.split()
     for argument in arguments:
         key = argument.removeprefix("--").partition("=")[0].replace("-", "_")
@@ -1041,4 +1042,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(main)
+    main()

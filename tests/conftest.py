@@ -31,7 +31,12 @@ TINY = dict(
     eval_iters=4,
     log_interval=1,
 )
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "PYTHONUNBUFFERED": "1",
+    "PYTHONPATH": str(ROOT),  # for python -m tools.NAME in another directory
+}
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["pytest", "torch._dynamo"])  # most of a script's seconds to start
 
@@ -58,15 +63,28 @@ def train_command(data_dir, out_dir, ranks=1, /, **settings):
     return [*launcher, ROOT / "train.py", *arguments(settings)]
 
 
+def run_here(command):
+    """All of `python command`, a script or ["-m", "tools.NAME"], in this process."""
+    sys.argv = command
+    try:
+        if command[0] == "-m":
+            sys.argv = [f"{ROOT}/{command[1].replace('.', '/')}.py", *command[2:]]
+            runpy.run_module(command[1], run_name="__main__")
+        else:
+            sys.path.insert(0, os.path.dirname(command[0]))
+            runpy.run_path(command[0], run_name="__main__")
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)
+
+
 def become_script(command, environment, output, error):
     """What a forked process does: all of `python command`, appending to two files."""
     for path, descriptor in ((output, 1), (error, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     os.environ.update(environment)
     torch.set_num_threads(1)
-    sys.argv = command
-    sys.path.insert(0, os.path.dirname(command[0]))
-    runpy.run_path(command[0], run_name="__main__")
+    run_here(command)
 
 
 def rank_environments(ranks):

@@ -6,9 +6,9 @@ import torch
 from conftest import ROOT, run_script
 from torch.profiler import ProfilerActivity, profile
 
-import account
 from model import GPT, GPTConfig
 from muon import MuonAdamW
+from tools import account
 
 BATCH = 8
 LEVELS = ("", "6,8,0;9,16,16", "6,8,0;8,16,16;10,16,32")
@@ -121,7 +121,7 @@ def test_what_fits():
 
 def test_the_command(tmp_path):
     table = tmp_path / "account.csv"
-    result = run_script(ROOT / "account.py", "--world_size=2", f"--csv_file={table}")
+    result = run_script("-m", "tools.account", "--world_size=2", f"--csv_file={table}")
     assert result.returncode == 0, result.stderr
     assert "| peak |" in result.stdout
     with open(table, newline="") as file:
@@ -130,4 +130,4 @@ def test_the_command(tmp_path):
     config, batch_size = account.read_recipe(ROOT / "configs" / "cayley_large_3L.py")
     peak = account.memory_account(config, batch_size, world_size=2)["peak"]
     assert int(rows["cayley_large_3L"]["peak"]) == peak
-    assert "world_size=0" in run_script(ROOT / "account.py", "--world_size=0").stderr
+    assert "world_size=0" in run_script("-m", "tools.account", "--world_size=0").stderr

@@ -3,10 +3,10 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import run_script
 
-import bench
 from cayley import CayleySAE
+from tools import bench
 
 LEVELS = "6,8,0;9,16,32"
 
@@ -31,7 +31,7 @@ def test_flops_of_the_products():
 
 def test_the_gpu_report_on_a_cpu(tmp_path):
     path = tmp_path / "report.json"
-    result = run_script(ROOT / "bench.py", "--section=gpu", "--tiny", f"--json_file={path}")
+    result = run_script("-m", "tools.bench", "--section=gpu", "--tiny", f"--json_file={path}")
     assert result.returncode == 0, result.stderr
     report = json.loads(path.read_text())["gpu"]
     models = ("cayley 2L", "cayley 3L")
@@ -64,9 +64,9 @@ def test_agreement_of_kernels():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_gpu_one_line_says_so():
-    result = run_script(ROOT / "bench.py", "--device=cuda")
+    result = run_script("-m", "tools.bench", "--device=cuda")
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1 and "no CUDA device" in result.stderr
-    result = run_script(ROOT / "bench.py", "--section=gpu")
+    result = run_script("-m", "tools.bench", "--section=gpu")
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1 and "--device=cuda" in result.stderr

@@ -6,13 +6,14 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_script, run_training
+from conftest import run_script, run_training
 
-import evals
 import sample
 from cayley import Edit
 from data import get_tokenizer
-from evals import (
+from model import GPT, GPTConfig
+from tools import evals
+from tools.evals import (
     code_scores,
     continuation_scores,
     hellaswag_scores,
@@ -25,7 +26,6 @@ from evals import (
     text_scores,
     window_losses,
 )
-from model import GPT, GPTConfig
 
 ENCODING = get_tokenizer("bytes")
 BLOCK_SIZE = 64
@@ -390,7 +390,7 @@ def test_the_script_and_the_paired_comparison(trained, data_dir, tmp_path):
         f"--ppl={tmp_path / 'text.txt'}",
         f"--lambada={tmp_path / 'lambada.jsonl'}",
     ]
-    run = run_script(ROOT / "evals.py", *arguments)
+    run = run_script("-m", "tools.evals", *arguments)
     assert run.returncode == 0, run.stderr
     scores = json.loads((tmp_path / "evals.json").read_text())
     assert set(scores) == {"val", "text", "lambada", "codes", "vs"}
@@ -411,6 +411,6 @@ def test_training_ends_with_evals(trained, data_dir, tmp_path):
     assert scores["lambada"]["items"] == 1
     assert f"lambada: accuracy {scores['lambada']['accuracy']:.4g}" in run.stdout
     ckpt = f"--ckpt={tmp_path / 'run' / 'last.pt'}"
-    again = run_script(ROOT / "evals.py", ckpt, *args.split())  # the same by hand
+    again = run_script("-m", "tools.evals", ckpt, *args.split())  # the same by hand
     assert again.returncode == 0
     assert json.loads((tmp_path / "run" / "evals.json").read_text()) == scores

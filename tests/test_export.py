@@ -15,11 +15,12 @@ from conftest import ENVIRONMENT, ROOT, log_rows
 from safetensors.torch import load_file
 from safetensors.torch import load_model as load_safetensors
 
-import export
+from checkpoint import load_model
 from data import get_tokenizer, run_windows
-from export import saelens_tensors
-from hf_folder import imported_modules, inlined_source, tokenizer_json, without_imports
-from model import GPT, GPTConfig, load_model
+from model import GPT, GPTConfig
+from tools import export
+from tools.export import saelens_tensors
+from tools.hf_folder import imported_modules, inlined_source, tokenizer_json, without_imports
 
 
 def run_export(trained, export_format, out_dir, *settings):
@@ -62,7 +63,7 @@ def test_files_have_the_modes_of_the_umask(exported):
 def test_a_full_disk_is_one_line_and_leaves_nothing(trained, tmp_path):
     """A file-size limit stands for the full disk: the system refuses the write in both."""
     result = subprocess.run(
-        [sys.executable, ROOT / "export.py", f"--ckpt={trained}", f"--out_dir={tmp_path / 'out'}"],
+        [sys.executable, "-m", "tools.export", f"--ckpt={trained}", f"--out_dir={tmp_path}/out"],
         capture_output=True, text=True, env=ENVIRONMENT,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)),
     )
@@ -208,9 +209,7 @@ def test_the_modeling_file_imports_no_file_of_this_directory():
 def test_a_file_that_is_not_inlined_counts_as_not_installed():
     source = """
 import math
-from model import (
-    GPT,
-)
+from model import GPT
 def kernels():
     try:
         import cayley_triton

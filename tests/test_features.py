@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from browser import Browser
-from conftest import ROOT, arguments, run_script
+from conftest import arguments, run_script
 
-import features
 from data import get_tokenizer
 from model import GPT, GPTConfig
+from tools import features
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +266,7 @@ def site(trained, data_dir, tmp_path_factory):
         "n_measured": 16,
         "device": "cpu",
     }
-    result = run_script(ROOT / "features.py", *arguments(settings))
+    result = run_script("-m", "tools.features", *arguments(settings))
     assert result.returncode == 0, result.stderr
     assert "counting: 100%" in result.stderr and not (directory / "site.partial").exists()
     assert f"its first {len(TEXT.encode())} of {len(TEXT.encode()) + 8} tokens" in result.stdout
@@ -398,7 +398,7 @@ def test_every_page_fits_a_phone_in_the_dark(browser, site):
 
 def test_a_site_without_measured_effects(trained, tmp_path):
     settings = {"ckpt": trained, "out_dir": tmp_path / "site", "tokens": 640, "n_measured": 0}
-    result = run_script(ROOT / "features.py", *arguments(settings), "--device=cpu")
+    result = run_script("-m", "tools.features", *arguments(settings), "--device=cpu")
     assert result.returncode == 0, result.stderr
     text = (tmp_path / "site/data/site.js").read_text()
     summary = json.loads(text[len('loaded("site",'):-1])["summary"]
@@ -408,7 +408,7 @@ def test_a_site_without_measured_effects(trained, tmp_path):
 
 def test_an_existing_site_stays(trained, site):
     before = (site / "index.html").stat().st_mtime_ns
-    command = [ROOT / "features.py", f"--ckpt={trained / 'ckpt.pt'}", f"--out_dir={site}"]
+    command = ["-m", "tools.features", f"--ckpt={trained / 'ckpt.pt'}", f"--out_dir={site}"]
     result = run_script(*command)
     assert result.returncode == 1
     assert f"{site} is there already" in result.stderr

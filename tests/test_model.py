@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import train
-from model import GPT, GPTConfig, load_checkpoint
+from checkpoint import load_checkpoint
+from model import GPT, GPTConfig
 from muon import CLASSIC, POLAR_EXPRESS, Muon, MuonAdamW, orthogonalize
 
 SMALL = dict(block_size=32, vocab_size=65, n_layer=2, n_head=2, n_embd=64)

@@ -29,7 +29,8 @@ from hypothesis import strategies as st
 
 import configurator
 from cayley import CayleySAE, all_label_bits
-from model import GPT, GPTConfig, load_checkpoint
+from checkpoint import load_checkpoint
+from model import GPT, GPTConfig
 from test_cayley import reference
 from train import first_nonfinite
 

@@ -141,7 +141,7 @@ def test_a_run_s_relative_data_is_found_from_elsewhere(data_dir, tmp_path):
     command = train_command("bins", "run", max_iters=2, eval_interval=2)
     os.symlink(data_dir, tmp_path / "bins")
     subprocess.run(command, check=True, cwd=tmp_path, env=ENVIRONMENT, capture_output=True)
-    result = run_script(ROOT / "evals.py", f"--ckpt={tmp_path}/run", "--n_windows=4")
+    result = run_script("-m", "tools.evals", f"--ckpt={tmp_path}/run", "--n_windows=4")
     assert result.returncode == 0, result.stderr
 
 

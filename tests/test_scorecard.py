@@ -15,12 +15,9 @@ import torch
 from conftest import ROOT, arguments, run_script, run_training
 from torch.nn import functional as F
 
-import labels
-import probing
-import scorecard
-import topk_sae
 from cayley import Edit
 from model import GPT, GPTConfig
+from tools import labels, probing, scorecard, topk_sae
 
 TINY_CARD = dict(
     sae_tokens=20_000,
@@ -513,7 +510,7 @@ def twin(data_dir, tmp_path_factory):
 
 def run_scorecard(cayley, twin, out_dir, **settings):
     settings = {**TINY_CARD, "ckpt": cayley, "dense": twin, "out_dir": out_dir, **settings}
-    return run_script(ROOT / "scorecard.py", *arguments(settings))
+    return run_script("-m", "tools.scorecard", *arguments(settings))
 
 
 def test_the_command_goes_on_where_it_stopped(trained, twin, tmp_path):

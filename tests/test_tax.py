@@ -11,9 +11,9 @@ import pytest
 import torch
 from conftest import ROOT, TINY, run_script
 
-import tax
 from cayley import CayleySAE
-from model import load_model
+from checkpoint import load_model
+from tools import tax
 
 ABLATION = ROOT / "records" / "ablation" / "ablation.py"
 spec = importlib.util.spec_from_file_location("ablation", ABLATION)
@@ -95,9 +95,10 @@ def test_the_whole_command(config, tmp_path):
     command += ["--variant", "half, k: cayley_levels=5,2,0;8,3,16"]
     raw = "<raw>: score_standardize=False"
     for _ in range(2):  # the second time everything is there
-        result = run_script(ROOT / "tax.py", *command, "--variant", raw)
+        result = run_script("-m", "tools.tax", *command, "--variant", raw)
         assert result.returncode == 0, result.stderr
-    other = run_script(ROOT / "tax.py", *command, "--variant", "<raw>: forward_standardized=False")
+    raw = "<raw>: forward_standardized=False"
+    other = run_script("-m", "tools.tax", *command, "--variant", raw)
     assert other.returncode == 1
     assert "score_standardize=False" in other.stderr
     assert "forward_standardized=False" in other.stderr

@@ -19,8 +19,9 @@ from conftest import (
 
 import configurator
 import train
-from evals import covariances, explained
-from model import GPT, GPTConfig, load_model
+from checkpoint import load_model
+from model import GPT, GPTConfig
+from tools.evals import covariances, explained
 
 
 def test_a_run_leaves_its_files(trained):

@@ -20,10 +20,10 @@ from torch.nn import functional as F
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 
 import model
-import tax
 import train
 from cayley import CayleySAE, Codes, labels, open_features
-from configurator import configure, run_main
+from configurator import configure
+from tools import tax
 
 # settings, see configurator.py
 config = "configs/demo.py"  # of every run
@@ -267,4 +267,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(main)
+    main()

@@ -30,7 +30,7 @@ from triton.compiler import ASTSource
 
 import cayley
 import cayley_triton
-from configurator import configure, run_main
+from configurator import configure
 from data import write_text
 
 # settings, see configurator.py
@@ -242,4 +242,4 @@ def main():
 
 if __name__ == "__main__":
     os.environ.pop("TRITON_INTERPRET", None)
-    run_main(main)
+    main()

@@ -12,10 +12,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from variants import fitted_sae, one_layer, read_command  # noqa: E402
 
-import scorecard  # noqa: E402
-from configurator import run_main  # noqa: E402
-from evals import covariances, explained  # noqa: E402
 from model import pick_device  # noqa: E402
+from tools import scorecard  # noqa: E402
+from tools.evals import covariances, explained  # noqa: E402
 
 
 def parse_choice(text):
@@ -72,4 +71,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(main)
+    main()

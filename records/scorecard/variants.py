@@ -14,9 +14,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-import scorecard  # noqa: E402
-from configurator import run_main  # noqa: E402
 from model import pick_device  # noqa: E402
+from tools import scorecard  # noqa: E402
 
 NUMBERS = ("one_f1", "five_f1", "steering_share", "specificity")
 
@@ -90,4 +89,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(main)
+    main()

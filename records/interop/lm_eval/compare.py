@@ -10,10 +10,10 @@ import glob
 import json
 import os
 
-import evals
-from configurator import configure, run_main
+from checkpoint import load_model
+from configurator import configure
 from data import get_tokenizer, read_json_lines
-from model import load_model
+from tools import evals
 
 # settings, see configurator.py
 ckpt = "out/ckpt.pt"
@@ -68,4 +68,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(main)
+    main()

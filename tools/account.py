@@ -1,14 +1,17 @@
 """
 A training step on paper: parameters, FLOPs and one rank's memory, from a model's configuration.
 
-    python account.py                    # the recipes of configs/: memory, what fits a card
-    python account.py --world_size=1 --csv_file=account.csv
+    python -m tools.account                    # the recipes of configs/: memory, what fits a card
+    python -m tools.account --world_size=1 --csv_file=account.csv
 
 Pure functions of a GPTConfig; train.py --dry_run and bench.py print what they say.
 
 Shapes: N = tokens of a micro-batch, d = n_embd, V = vocab_size, H = n_head, F = features and K =
 active features of a layer.
 """
+if not __package__:
+    raise SystemExit("from the repository's root: python -m tools.account")
+
 import bisect
 import csv
 import io
@@ -19,7 +22,7 @@ from dataclasses import fields
 from typing import NamedTuple
 
 from cayley import CHUNK_BYTES, TABLE_BYTES, parse_levels
-from configurator import configure, run_main
+from configurator import configure
 from data import Windows, write_text
 from model import GPTConfig
 
@@ -307,8 +310,8 @@ def read_recipe(path):
 
 def recipe_rows():
     """{recipe: {quantity: value}}, in bytes where it is memory."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    paths = [os.path.join(here, "configs", f"{name}.py") for name in RECIPES]
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    paths = [os.path.join(root, "configs", f"{name}.py") for name in RECIPES]
     rows = {}
     for name, path in zip(RECIPES, paths):
         config, batch_size = read_recipe(path)
@@ -348,4 +351,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(main)
+    main()

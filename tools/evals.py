@@ -1,10 +1,10 @@
 """
 Scores a checkpoint: val loss, perplexity of text, HellaSwag, LAMBADA, and its sparse codes' state.
 
-    python evals.py --ckpt out/demo/ckpt.pt                      # val loss and codes
-    python evals.py --ckpt ckpt.pt --ppl=hub --hellaswag=hub --lambada=hub
-    python evals.py --ckpt ckpt.pt --ppl=text.txt --hellaswag=val.jsonl --lambada=test.jsonl
-    python evals.py --ckpt ckpt.pt --vs=other.pt                 # val losses compared, paired
+    python -m tools.evals --ckpt out/demo/ckpt.pt                      # val loss and codes
+    python -m tools.evals --ckpt ckpt.pt --ppl=hub --hellaswag=hub --lambada=hub
+    python -m tools.evals --ckpt ckpt.pt --ppl=text.txt --hellaswag=val.jsonl --lambada=test.jsonl
+    python -m tools.evals --ckpt ckpt.pt --vs=other.pt                 # val losses compared, paired
 
 Prints the scores and writes them to evals.json beside the checkpoint. train.py --final_evals does
 so at its end.
@@ -29,6 +29,9 @@ Conventions
 - dead: features without an activation in the windows that were read. rare: features below one
   activation in 10,000 tokens, dead ones too; only told of more tokens than that.
 """
+if not __package__:
+    raise SystemExit("from the repository's root: python -m tools.evals")
+
 import math
 import os
 import re
@@ -40,9 +43,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from cayley import Codes
-from configurator import configure, run_main
+from checkpoint import load_model, pick_device
+from configurator import configure
 from data import get_tokenizer, read_json_lines, read_text, run_windows, write_json
-from model import load_model, pick_device
 
 # settings, see configurator.py
 ckpt = "out/ckpt.pt"  # or a directory with a ckpt.pt
@@ -635,4 +638,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(main)
+    main()

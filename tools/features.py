@@ -2,9 +2,9 @@
 A site of static pages about a checkpoint's features: what they read, how often, beside what, and
 what they do.
 
-    python features.py --ckpt out/demo/ckpt.pt --out_dir=features   # then open features/index.html
-    python features.py --ckpt ckpt.pt --data_dir=data/fineweb_edu --tokens=5e6 --text=essay.txt
-    python features.py --ckpt ckpt.pt --labels=labels.json          # {"0.1.517": "a label by hand"}
+    python -m tools.features --ckpt out/demo/ckpt.pt --out_dir=features  # open its index.html
+    python -m tools.features --ckpt ckpt.pt --data_dir=data/fineweb_edu --tokens=5e6 --text=a.txt
+    python -m tools.features --ckpt ckpt.pt --labels=labels.json  # {"0.1.517": "a label by hand"}
 
 It reads tokens of the data three times. First it counts, and keeps per feature the contexts of its
 largest codes and a uniform sample of contexts, at most one a window. Then it reads the codes around
@@ -32,6 +32,9 @@ Definitions
 - reach: the length of the steer's change of the residual stream at its token, after each later
   layer, relative to the length after its own.
 """
+if not __package__:
+    raise SystemExit("from the repository's root: python -m tools.features")
+
 import functools
 import json
 import math
@@ -45,10 +48,11 @@ import torch
 from tqdm import tqdm
 
 from cayley import Codes
-from configurator import configure, run_main
+from checkpoint import build_model, load_checkpoint, pick_device
+from configurator import configure
 from data import get_tokenizer, new_directory, permute, read_text, run_windows
-from evals import RARE, code_statistics, explained
-from model import KVCache, build_model, load_checkpoint, pick_device
+from model import KVCache
+from tools.evals import RARE, code_statistics, explained
 
 # settings, see configurator.py
 ckpt = "out/ckpt.pt"
@@ -1008,4 +1012,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(main)
+    main()

@@ -1,16 +1,19 @@
 """
 The interpretability tax: the dense twin and settings of train.py, trained on the same batches.
 
-    python tax.py                                # configs/demo.py and its dense twin
-    python tax.py --variant "half k: cayley_levels=7,4,0;11,8,64" \\
+    python -m tools.tax                                # configs/demo.py and its dense twin
+    python -m tools.tax --variant "half k: cayley_levels=7,4,0;11,8,64" \\
                   --variant "no gate: per_parent_budget=False"
-    python tax.py --config=configs/cayley_small_2L.py --train_settings max_iters=2000
+    python -m tools.tax --config=configs/cayley_small_2L.py --train_settings max_iters=2000
 
 Prints each setting's val loss, its gaps to the dense twin and to the first setting at equal tokens,
 and the multiple of tokens that it needs for a loss that the twin has reached (by interpolation).
 Writes tax.csv (a row per evaluation) and tax.svg to out_dir. Stopped and started again, it goes on.
 Gaps are paired by seed; +- is the standard deviation. records/ablation/ uses its functions.
 """
+if not __package__:
+    raise SystemExit("from the repository's root: python -m tools.tax")
+
 import csv
 import io
 import math
@@ -23,7 +26,7 @@ from html import escape
 import numpy as np
 from tqdm import tqdm
 
-from configurator import configure, run_main
+from configurator import configure
 from data import write_text
 
 # settings, see configurator.py
@@ -34,7 +37,8 @@ seeds = 1  # runs of each setting, with different weights and batches
 jobs = 1  # runs at a time, sharing the cores
 out_dir = "out/tax"
 
-TRAIN = [os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")]
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+TRAIN = [os.path.join(ROOT, "train.py")]
 DENSE = "cayley_levels="
 OURS = ("seed", "out_dir", "init_from", "dry_run")  # settings of train.py that this script gives
 ALIKE = ("max_iters", "eval_interval", "batch_size", "gradient_accumulation_steps", "block_size",
@@ -290,4 +294,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(main)
+    main()

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from labels import english_words, token_texts
+from tools.labels import english_words, token_texts
 
 BINS = 256  # of scores, for AUC
 FEWEST = 30  # tokens with a label on either side, for it to count

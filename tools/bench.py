@@ -2,14 +2,17 @@
 Measures what the sparse bottleneck costs, beside what one would use instead. Medians of interleaved
 repeats.
 
-    python bench.py                                   # every section, about 4 minutes on 2 cores
-    python bench.py --section=layer --json_file=layer.json
-    python bench.py --section=step --dtype=bf16 --torch_compile
-    python bench.py --device=cuda > bench_cuda.txt    # the gpu section; send that and its JSON
+    python -m tools.bench                                # every section, about 4 minutes on 2 cores
+    python -m tools.bench --section=layer --json_file=layer.json
+    python -m tools.bench --section=step --dtype=bf16 --torch_compile
+    python -m tools.bench --device=cuda > bench_cuda.txt   # the gpu section; send that and its JSON
 
 Sections: layer, step, growth, flops, optimizer, sampling, data; gpu. Ratios are to the row they
 name.
 """
+if not __package__:
+    raise SystemExit("from the repository's root: python -m tools.bench")
+
 import gc
 import json
 import os
@@ -29,14 +32,15 @@ import torch.nn as nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-import account
 import cayley
 import prepare_fineweb
 from cayley import CayleySAE
-from configurator import configure, run_main
+from checkpoint import pick_device
+from configurator import configure
 from data import Windows, get_tokenizer, write_json
-from model import GPT, MLP, CausalSelfAttention, GPTConfig, pick_device
+from model import GPT, MLP, CausalSelfAttention, GPTConfig
 from muon import Muon, MuonAdamW
+from tools import account
 
 # settings, see configurator.py
 section = "all"  # or one of the sections above; all is gpu alone on CUDA
@@ -887,4 +891,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(main)
+    main()

@@ -45,16 +45,16 @@ def without_imports(source, inlined, others):
 
 def inlined_source(names):
     """
-    Modules of this directory, such as "model", as one file that imports no file of this directory.
+    Modules of the top level, such as "model", as one file that imports none of them.
 
     PyTorch knows operators by name in a whole process: theirs get a number of this source, so that
     two versions in one process don't mix.
     """
-    here = os.path.dirname(os.path.abspath(__file__))
-    files = {file.removesuffix(".py") for file in os.listdir(here) if file.endswith(".py")}
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    files = {file.removesuffix(".py") for file in os.listdir(root) if file.endswith(".py")}
     parts = []
     for name in names:
-        source = read_text(os.path.join(here, f"{name}.py"))
+        source = read_text(os.path.join(root, f"{name}.py"))
         parts.append(without_imports(source, set(names), files - set(names)))
     source = "\n\n\n".join(parts) + "\n"
     digest = hashlib.sha256(source.encode()).hexdigest()[:8]

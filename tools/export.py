@@ -1,10 +1,10 @@
 """
 A checkpoint in other tools' formats, in a new directory.
 
-    python export.py --ckpt ckpt.pt --export_format=safetensors --out_dir=exported
-    python export.py --ckpt ckpt.pt --export_format=hf --out_dir=cayley-small
-    python export.py --ckpt ckpt.pt --export_format=saelens --out_dir=saes
-    python export.py --ckpt ckpt.pt --export_format=neuronpedia --out_dir=cayley-small
+    python -m tools.export --ckpt ckpt.pt --export_format=safetensors --out_dir=exported
+    python -m tools.export --ckpt ckpt.pt --export_format=hf --out_dir=cayley-small
+    python -m tools.export --ckpt ckpt.pt --export_format=saelens --out_dir=saes
+    python -m tools.export --ckpt ckpt.pt --export_format=neuronpedia --out_dir=cayley-small
 
 safetensors: model.safetensors and config.json. Read it back with
 safetensors.torch.load_model(GPT(GPTConfig(**config["model_args"])), "model.safetensors").
@@ -30,20 +30,23 @@ refused there, and left out. Create model (its id is out_dir's last name) and so
 
 All but neuronpedia need safetensors (pip install safetensors); none needs the other tool.
 """
+if not __package__:
+    raise SystemExit("from the repository's root: python -m tools.export")
+
 import os
 
 import numpy as np
 import torch
 import torch.nn as nn
 
-import features
 from cayley import CayleySAE, Codes
-from configurator import configure, run_main
+from checkpoint import build_model, load_checkpoint
+from configurator import configure
 from data import atomic, get_tokenizer, new_directory, run_windows, write_json, write_text
-from evals import mean_and_error, window_losses
-from hf_folder import MODELING, hf_configs, inlined_source, tokenizer_json
-from model import build_model, load_checkpoint
-from model_card import model_card, read_run
+from tools import features
+from tools.evals import mean_and_error, window_losses
+from tools.hf_folder import MODELING, hf_configs, inlined_source, tokenizer_json
+from tools.model_card import model_card, read_run
 
 # settings, see configurator.py
 ckpt = "out/ckpt.pt"  # or a directory with a ckpt.pt
@@ -365,4 +368,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(main)
+    main()

@@ -1,9 +1,9 @@
 """
 Are a Cayley GPT's features better to read than those of an SAE fitted to its dense twin afterwards?
 
-    python scorecard.py --ckpt=cayley.pt --dense=dense.pt --seeds=3
-    python scorecard.py --ckpt=c0.pt,c1.pt,c2.pt --dense=d0.pt,d1.pt,d2.pt     # 3 training seeds
-    python scorecard.py --ckpt=cayley.pt --dense=dense.pt --layers=2,3 --labels=mine.npz
+    python -m tools.scorecard --ckpt=cayley.pt --dense=dense.pt --seeds=3
+    python -m tools.scorecard --ckpt=c0.pt,c1.pt,c2.pt --dense=d0.pt,d1.pt,d2.pt  # 3 training seeds
+    python -m tools.scorecard --ckpt=cayley.pt --dense=dense.pt --layers=2,3 --labels=mine.npz
 
 --ckpt and --dense take as many checkpoints as there are training seeds, with commas between them
 and in the same order; --seeds is the number of post-hoc SAEs fitted to each. Prints the tables and
@@ -56,6 +56,9 @@ tokens) features there; explained as in evals.py.
 --labels: an .npz with names (L,) and train and val, int8 (n, L), of the first n tokens of each
 split in order: 1, 0, or -1 where nobody knows. Without it those of labels.py.
 """
+if not __package__:
+    raise SystemExit("from the repository's root: python -m tools.scorecard")
+
 import contextlib
 import csv
 import functools
@@ -77,12 +80,13 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from cayley import CayleySAE, Codes, plain_encode
-from configurator import configure, run_main
+from checkpoint import build_model, check_archive, load_checkpoint, pick_device
+from configurator import configure
 from data import atomic, get_tokenizer, lock, run_windows, write_json, write_text
-from evals import covariances, explained, mean_and_error
-from labels import UNKNOWN, label_stream
-from model import GPT, build_model, check_archive, load_checkpoint, pick_device
-from probing import (
+from model import GPT
+from tools.evals import covariances, explained, mean_and_error
+from tools.labels import UNKNOWN, label_stream
+from tools.probing import (
     FEWEST,
     Table,
     absorption,
@@ -95,7 +99,7 @@ from probing import (
     token_rates,
     word_letters,
 )
-from topk_sae import TopKSAE, fit_saes
+from tools.topk_sae import TopKSAE, fit_saes
 
 # settings, see configurator.py
 ckpt = "out/ckpt.pt"  # of Cayley models, a training seed each, commas between
@@ -1449,4 +1453,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(main)
+    main()
