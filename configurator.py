@@ -11,6 +11,7 @@ names that begin with "_" and modules are its own. On the command line '--key=va
 settings. From then on a ValueError or OSError ends the script with one line and status 1.
 """
 import ast
+import contextlib
 import difflib
 import glob
 import json
@@ -60,6 +61,12 @@ def one_line(kind, error, traceback):
         sys.stdout.flush()
         os._exit(1)  # not by Python's own end, where gloo's threads may hang
     print(line, file=sys.stderr)
+
+
+def say(*words, file=None):
+    """As print: a full disk, or a reader that has gone, stops no run."""
+    with contextlib.suppress(OSError):
+        print(*words, file=file, flush=True)
 
 
 # -----------------------------------------------------------------------------

@@ -8,6 +8,7 @@ Shapes: B sequences of T tokens, C = n_embd, V = vocab_size, H heads of D = C / 
 """
 import contextlib
 import math
+import platform
 from dataclasses import dataclass, fields
 
 import torch
@@ -15,6 +16,49 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from cayley import CayleySAE
+
+# -----------------------------------------------------------------------------
+# how much of an MLP's input its code explains
+
+
+def covariances(x, y):
+    """Sums over products of x and y about their means, (3,): xy, xx, yy; x, y (N, d)."""
+    wide = torch.float32 if x.device.type == "mps" else torch.float64
+    x = x.to(wide) - x.to(wide).mean(0)
+    y = y.to(wide) - y.to(wide).mean(0)
+    return torch.stack([(x * y).sum(), (x * x).sum(), (y * y).sum()])
+
+
+def explained(sums):
+    """Share of x's variance that the best multiple of y explains: covariances (..., 3) -> (...)."""
+    xy, xx, yy = sums.unbind(-1)
+    return xy.square() / (xx * yy).clamp_min(1e-30)
+
+
+# -----------------------------------------------------------------------------
+# what a device can do
+
+PEAK_FLOPS = {  # a second, in bf16, by data sheet; a part of the device's name, the special first
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "RTX 4090": 165e12,
+}
+
+
+def peak_flops(device):
+    """Name of a torch.device, and its FLOPs a second, None if they aren't in the table."""
+    name = platform.processor() or "CPU"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    matches = [flops for part, flops in PEAK_FLOPS.items() if part in name]
+    return name, matches[0] if matches else None
+
+
+# -----------------------------------------------------------------------------
+# the model
 
 
 @dataclass
@@ -28,16 +72,13 @@ class GPTConfig:
     per_parent_budget: bool = True
     score_standardize: bool = True
     forward_standardized: bool = True
-    dense_gradient: float = 0.0
-    near_misses: int = 0
 
     def __post_init__(self):
         for field in fields(self):
             if field.type is int:
                 value = getattr(self, field.name)
-                least = min(1, field.default)
-                if value < least:
-                    raise ValueError(f"{field.name}={value}: must be at least {least}")
+                if value < 1:
+                    raise ValueError(f"{field.name}={value}: must be at least 1")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
 
@@ -118,8 +159,6 @@ class Block(nn.Module):
                 config.per_parent_budget,
                 config.score_standardize,
                 config.forward_standardized,
-                config.dense_gradient,
-                config.near_misses,
             )
         self.mlp = MLP(config)
 
@@ -152,8 +191,18 @@ class GPT(nn.Module):
 
     def get_num_params(self):
         """Number of parameters without positions and SAE biases, as the published models count."""
-        uncounted = self.wpe.weight.numel() + sum(sae.bias.numel() for sae in self.saes())
-        return sum(p.numel() for p in self.parameters()) - uncounted
+        uncounted = ("wpe.weight", "sae.bias")
+        sizes = [p.numel() for name, p in self.named_parameters() if not name.endswith(uncounted)]
+        return sum(sizes)
+
+    def flops_per_token(self):
+        """
+        Of the dense twin's forward and backward, the convention of MFU.
+
+        6 a parameter without positions and SAE biases, and 12 n_layer d T of attention.
+        """
+        c = self.config
+        return 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size
 
     def forward(self, idx, targets=None, cache=None, n_logits=1):
         """
@@ -180,6 +229,34 @@ class GPT(nn.Module):
         logits = self.lm_head(self.ln_f(x))  # (B, T, V)
         flat = logits.flatten(0, 1).float()  # CUDA's autocast would take the softmax in bf16
         return logits, F.cross_entropy(flat, targets.flatten(), ignore_index=-1)
+
+    def first_nonfinite(self, idx, targets):
+        """
+        Name of the first module whose output, else of the last parameter whose gradient, isn't
+        finite.
+
+        None if all are finite. The gradients are those of this batch afterwards.
+        """
+        found = []
+
+        def checking(name):
+            def check(module, inputs, output):
+                if isinstance(output, torch.Tensor) and not output.isfinite().all():
+                    found.append(name)
+            return check
+
+        hooks = []
+        for name, module in self.named_modules():
+            if name:
+                hooks.append(module.register_forward_hook(checking(name)))
+        self.zero_grad()
+        self(idx, targets)[1].backward()
+        for hook in hooks:
+            hook.remove()
+        for name, p in reversed(list(self.named_parameters())):
+            if not p.grad.isfinite().all():
+                found.append(f"the gradient of {name}")
+        return found[0] if found else None
 
     @contextlib.contextmanager
     def recording(self):

@@ -66,6 +66,7 @@ def train_command(data_dir, out_dir, ranks=1, /, **settings):
 def run_here(command):
     """All of `python command`, a script or ["-m", "tools.NAME"], in this process."""
     sys.argv = command
+    failed = False
     try:
         if command[0] == "-m":
             sys.argv = [f"{ROOT}/{command[1].replace('.', '/')}.py", *command[2:]]
@@ -75,6 +76,8 @@ def run_here(command):
             runpy.run_path(command[0], run_name="__main__")
     except Exception:
         sys.excepthook(*sys.exc_info())
+        failed = True
+    if failed:  # not in the handler, where the exception would hold all that the script held
         sys.exit(1)
 
 

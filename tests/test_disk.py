@@ -18,9 +18,9 @@ import pytest
 import torch
 from conftest import ENVIRONMENT, log_rows, make_data, run_training, train_command
 
+import checkpoint
 import configurator
 import data
-import train
 
 DISK_BYTES = 8 * 2**20  # some ten checkpoints of TINY
 SETTINGS = dict(max_iters=80, eval_interval=20, eval_iters=1, save_patience=1.0)
@@ -100,7 +100,7 @@ def test_a_disk_that_is_full_for_a_while_loses_nothing(data_dir, whole, disk):
         fill(disk) if it == 25 else empty(disk)
     error = process.stderr.read()
     assert process.wait() == 0, error
-    assert "log.csv can't be written (No space left on device)" in error
+    assert "log.csv could not be written (No space left on device)" in error
     assert "last.pt could not be written (No space left on device): training goes on" in error
     assert {path.name for path in out_dir.iterdir()} == {path.name for path in whole.iterdir()}
     assert same_rows(out_dir, whole)
@@ -170,11 +170,11 @@ def test_rows_are_appended_whole_or_not_at_all(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
     try:
         with pytest.raises(OSError, match="No space left"):
-            train.append(path, b"1,2,3,4\n")
+            checkpoint.append(path, b"1,2,3,4\n")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == b"header\n"
-    train.append(path, b"1,2,3,4\n")
+    checkpoint.append(path, b"1,2,3,4\n")
     assert path.read_bytes() == b"header\n1,2,3,4\n"
 
 

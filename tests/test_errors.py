@@ -1,9 +1,12 @@
 """Every wrong invocation ends with status 1 and one line: the value, and what would be right."""
+import gc
 import shlex
+import signal
 
 import pytest
 from conftest import ROOT, TINY, arguments, contents, run_here
 
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # train.py takes them
 # A row: what is wrong on the command line, and words of the error line.
 TRAIN = [
     ("--n_layers=2", "'n_layers'", "'n_layer'"),
@@ -17,9 +20,6 @@ TRAIN = [
     ("--n_layer=0", "n_layer=0", "at least 1"),
     ("--block_size=-1", "block_size=-1", "at least 1"),
     ("--block_size=0", "block_size=0", "at least 1"),
-    ("--dense_gradient=-1", "dense_gradient=-1", "at least 0"),
-    ("--near_misses=-1", "near_misses=-1", "at least 0"),
-    ("--near_misses=2000", "near_misses=2000", "level 0"),
     ("--momentum=1.0", "momentum=1.0", "below 1"),
     ("--seed=1e20", "seed=1", "below 9223372036854775808"),
     ("--muon_lr=1e999", "muon_lr=inf", "finite"),
@@ -41,15 +41,8 @@ TRAIN = [
     ("--cayley_levels=6,4,0", "'6,4,0'", "= 5"),
     ("--cayley_levels=5,4,0;16,4,2048", "'16,4,2048'", "15 bits"),
     ("--cayley_levels=5,4,0;8,4,12", "'8,4,12'", "power of two"),
-    ("--dry_run --n_embd=48", "n_embd=48", "power of two"),
-    ("--dry_run --cayley_levels=5,4,0;99999999999999,4,2048", "'99999999999999,4,2048'", "15 bits"),
-    ("--dry_run --near_misses=2000", "near_misses=2000", "level 0"),
     ("--init_from=resume", "last.pt: no such checkpoint"),
     ("--wandb_log=True", "wandb"),
-    ("--final_evals --final_evals_args=--lambada=nothing.jsonl", "nothing.jsonl: no such file"),
-    ("--final_evals --final_evals_args=--lambda=hub", "'lambda'", "'lambada'"),
-    ("--final_evals --final_evals_args=--vs=other.pt", "--vs=other.pt", "vs can't be set there"),
-    ("--final_evals --final_evals_args=--data-dir=x", "data_dir can't be set there"),
 ]
 SAMPLE = [
     ("--ckpt=nothing.pt", "nothing.pt: no such checkpoint"),
@@ -139,8 +132,12 @@ def fails(monkeypatch, capfd, tmp_path):
         if not (ROOT / name).exists():
             script = ["-m", f"tools.{name.removesuffix('.py')}"]
         monkeypatch.chdir(tmp_path)
+        handlers = {number: signal.getsignal(number) for number in STOPPING}
         with pytest.raises(SystemExit) as end:
             run_here([*script, *map(str, command)])
+        for number in STOPPING:
+            signal.signal(number, handlers[number])
+        gc.collect()  # what train.py holds to the end of its process, as the lock
         error = capfd.readouterr().err
         lines = [line for line in error.splitlines() if line.startswith(name)]
         assert end.value.code == 1 and len(lines) == 1 and "Traceback" not in error, error
@@ -205,13 +202,10 @@ def test_nanogpt_s_names_are_refused_with_ours(fails, tmp_path, key, ours):
     check_words(fails("train.py", tmp_path / "c.py"), ["c.py", repr(key), ours])
 
 
-@pytest.mark.parametrize("dry_run", [False, True])
-def test_accumulation_must_be_a_multiple_of_the_ranks(
-    fails, data_dir, tmp_path, monkeypatch, dry_run
-):
+def test_accumulation_must_be_a_multiple_of_the_ranks(fails, data_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
-    settings = {**TINY, "data_dir": data_dir, "out_dir": tmp_path / "run", "dry_run": dry_run}
+    settings = {**TINY, "data_dir": data_dir, "out_dir": tmp_path / "run"}
     line = fails("train.py", *arguments(settings))
     assert "gradient_accumulation_steps=4 is not a multiple of the 3 ranks" in line
 

@@ -4,10 +4,10 @@ import math
 import pytest
 import torch
 
-import train
 from checkpoint import load_checkpoint
 from model import GPT, GPTConfig
 from muon import CLASSIC, POLAR_EXPRESS, Muon, MuonAdamW, orthogonalize
+from tools.account import train_settings
 
 SMALL = dict(block_size=32, vocab_size=65, n_layer=2, n_head=2, n_embd=64)
 
@@ -250,22 +250,25 @@ def test_each_rank_loads_its_own_share(monkeypatch):
 # -----------------------------------------------------------------------------
 # the schedule
 
-def test_reference_schedule(monkeypatch):
-    schedule = dict(max_iters=12716, warmup_iters=200, warmdown_frac=0.9)
-    for key, value in dict(lr_schedule="linear_warmdown", **schedule).items():
-        monkeypatch.setattr(train, key, value)
-    lr = [train.get_lr(it, 1.2e-2, 1.5e-4) for it in (0, 100, 200, 1271, 12716)]
+def learning_rates(**settings):
+    """train.py's get_lr with these settings."""
+    return train_settings([f"--{key}={value}" for key, value in settings.items()])["get_lr"]
+
+
+def test_reference_schedule():
+    get_lr = learning_rates()
+    lr = [get_lr(it, 1.2e-2, 1.5e-4) for it in (0, 100, 200, 1271, 12716)]
     assert lr == pytest.approx([0, 0.6e-2, 1.2e-2, 1.2e-2, 1.5e-4])
     middle = (12716 + 1271.6) / 2
-    assert train.get_lr(middle, 1.2e-2, 1.5e-4) == pytest.approx((1.2e-2 + 1.5e-4) / 2)
-    factors = [[(train.get_lr(it, lr, low) - low) / (lr - low) for it in (300, 5000, 12000)]
+    assert get_lr(middle, 1.2e-2, 1.5e-4) == pytest.approx((1.2e-2 + 1.5e-4) / 2)
+    factors = [[(get_lr(it, lr, low) - low) / (lr - low) for it in (300, 5000, 12000)]
                for lr, low in ((1.2e-2, 1.5e-4), (3e-4, 1e-5))]
     assert factors[0] == pytest.approx(factors[1])  # in lockstep, whatever the rates
-    monkeypatch.setattr(train, "lr_schedule", "cosine")
-    cosine = [train.get_lr(it, 1, 0.1) for it in (200, (200 + 12716) / 2, 12716)]
+    get_lr = learning_rates(lr_schedule="cosine")
+    cosine = [get_lr(it, 1, 0.1) for it in (200, (200 + 12716) / 2, 12716)]
     assert cosine == pytest.approx([1, 0.55, 0.1])
-    monkeypatch.setattr(train, "lr_schedule", "constant")
-    assert [train.get_lr(it, 1, 0.1) for it in (100, 200, 12716)] == pytest.approx([0.5, 1, 1])
+    get_lr = learning_rates(lr_schedule="constant")
+    assert [get_lr(it, 1, 0.1) for it in (100, 200, 12716)] == pytest.approx([0.5, 1, 1])
 
 
 # -----------------------------------------------------------------------------

@@ -1,5 +1,4 @@
 """train.py's runs: what a resume refuses, who may share a directory, how a run stops and fails."""
-import contextlib
 import json
 import os
 import shutil
@@ -7,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,9 +20,8 @@ from conftest import (
     train_command,
 )
 
-import train
+from checkpoint import load_model
 from data import Windows
-from model import GPT, GPTConfig
 
 
 def copy_of(run, tmp_path):
@@ -123,10 +120,11 @@ def test_a_checkpoint_that_lacks_something_is_one_line(trained, data_dir, tmp_pa
 def test_a_setting_newer_than_the_checkpoint_had_its_default(trained, data_dir, tmp_path):
     run = copy_of(trained, tmp_path)
     checkpoint = torch.load(run / "last.pt", weights_only=True)
-    del checkpoint["model_args"]["near_misses"]
+    del checkpoint["model_args"]["forward_standardized"]
     torch.save(checkpoint, run / "last.pt")
-    result = run_training(data_dir, run, init_from="resume", max_iters=22, near_misses=5)
-    assert result.returncode == 1 and "near_misses=0, not 5" in result.stderr
+    settings = dict(init_from="resume", max_iters=22, forward_standardized=False)
+    result = run_training(data_dir, run, **settings)
+    assert result.returncode == 1 and "forward_standardized=True, not False" in result.stderr
 
 
 def test_a_log_without_a_header_is_refused_and_kept(trained, data_dir, tmp_path):
@@ -193,9 +191,9 @@ def test_a_signal_ends_a_long_evaluation_with_a_checkpoint(data_dir, tmp_path, r
 def test_a_second_signal_ends_at_once(data_dir, tmp_path):
     """Even where the first one can't be obeyed: the run is held up in a system call of its own."""
     code = (
-        "import time, train\n"
-        "train.save = lambda *args, **keywords: time.sleep(600)\n"
-        "train.main()\n"
+        "import checkpoint, runpy, time\n"
+        "checkpoint.save = lambda *args, **keywords: time.sleep(600)\n"
+        "runpy.run_path('train.py', run_name='__main__')\n"
     )
     command = train_command(data_dir, tmp_path / "run", max_iters=5000, eval_interval=5000)
     process = subprocess.Popen(
@@ -209,19 +207,6 @@ def test_a_second_signal_ends_at_once(data_dir, tmp_path):
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=20)
     assert process.returncode == 128 + signal.SIGINT
-
-
-def test_a_signal_ends_final_evals_and_keeps_the_run(data_dir, tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text("words and words\n" * 300_000)
-    settings = dict(final_evals=True, final_evals_args=f"--ppl={text}", max_iters=2)
-    process = start(data_dir, tmp_path / "run", **settings)
-    wait_for(process, "iter 2: val loss")
-    time.sleep(2)
-    process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 1 and error.splitlines()[-1] == "train.py: interrupted"
-    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["iter"] == 2
 
 
 # -----------------------------------------------------------------------------
@@ -244,7 +229,7 @@ def test_torchrun_s_last_words_are_our_one_line(data_dir, tmp_path, settings, wo
 def test_no_deprecated_call_is_left(data_dir, tmp_path):
     code = (
         "import warnings; warnings.simplefilter('error', FutureWarning)\n"
-        "import train; train.main()\n"
+        f"import runpy; runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
     )
     command = train_command(data_dir, tmp_path / "run", max_iters=2, eval_interval=2)
     script = tmp_path / "strict.py"
@@ -337,34 +322,6 @@ def test_parity_needs_a_target(data_dir, tmp_path, words, message):
 
 
 # -----------------------------------------------------------------------------
-# the dry run
-
-
-@pytest.mark.parametrize("words", [
-    {"lr_schedule": "parity", "target_val_loss": 3.0},
-    {"lr_schedule": "constant"},
-    {"warmdown_frac": 0.0},
-])
-def test_a_dry_run_that_ends_in_its_warmup(data_dir, tmp_path, words):
-    result = run_training(data_dir, tmp_path / "run", dry_run=True, max_iters=2, **words)
-    assert result.returncode == 0, result.stderr
-    assert "iteration 2: learning rates" in result.stdout
-
-
-def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
-    config = ROOT / "configs" / "cayley_small_2L.py"
-    result = subprocess.run(
-        [sys.executable, ROOT / "train.py", config, "--dry_run"],
-        cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT,
-    )
-    assert result.returncode == 0, result.stderr
-    for text in ("data: not ready", "12,716 iterations of 1,572,864 = 20,000,538,624",
-                 "iteration 1,271: learning rates 0.012", "a card of 80 GB holds"):
-        assert text in result.stdout
-    assert not list(tmp_path.iterdir())
-
-
-# -----------------------------------------------------------------------------
 # what faults made by hand got past, see records/mutants
 
 
@@ -383,37 +340,32 @@ def test_log_csv_has_every_row_once(trained, data_dir, tmp_path):
     assert [line.split(",")[0] for line in resumed[len(lines):]] == ["20", "21", "22"]
 
 
-def test_validation_is_the_mean_over_all_windows(data_dir, monkeypatch):
+@pytest.mark.parametrize("batch_size", [1, 7, 500])
+def test_validation_is_the_mean_over_all_windows(data_dir, tmp_path, batch_size):
     """Whatever the size of a micro-batch, and whether the last one is full."""
-    monkeypatch.setattr(train, "device", "cpu")
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(32, 257, n_layer=1, n_head=2, n_embd=32, cayley_levels=""))
+    no_learning = dict(muon_lr=0.0, muon_min_lr=0.0, adamw_lr=0.0, adamw_min_lr=0.0)
+    settings = dict(batch_size=batch_size, eval_iters=1000, max_iters=1, n_layer=1)
+    settings.update(gradient_accumulation_steps=1, cayley_levels="", **no_learning)
+    run = tmp_path / "run"
+    result = run_training(data_dir, run, **settings)
+    assert result.returncode == 0, result.stderr
+    model, _ = load_model(str(run))
     val_windows = Windows(str(data_dir), "val", 32)
     windows = torch.from_numpy(val_windows.read(range(len(val_windows))))
     with torch.no_grad():
         expected = model(windows[:, :-1], windows[:, 1:])[1].item()
-    run = SimpleNamespace(
-        ranks=train.Ranks(),
-        stop=SimpleNamespace(asked=False),
-        val_windows=val_windows,
-        model=model,
-        autocast=contextlib.nullcontext(),
-    )
-    monkeypatch.setattr(train, "eval_iters", 1000)
-    for batch_size in (1, 7, 500):
-        monkeypatch.setattr(train, "batch_size", batch_size)
-        assert train.validate(run) == pytest.approx(expected, abs=1e-5)
+    assert float(log_rows(run, "val_loss")[0]) == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_gradient_that_is_not_finite_stops_its_own_iteration(data_dir, tmp_path):
     code = (
-        "import math, train\n"
-        "init = train.GPT.__init__\n"
+        "import math, model, runpy\n"
+        "init = model.GPT.__init__\n"
         "def with_hook(self, config):\n"
         "    init(self, config)\n"
         "    self.wte.weight.register_hook(lambda gradient: gradient * math.inf)\n"
-        "train.GPT.__init__ = with_hook\n"
-        "train.main()\n"
+        "model.GPT.__init__ = with_hook\n"
+        "runpy.run_path('train.py', run_name='__main__')\n"
     )
     command = train_command(data_dir, tmp_path / "run")
     result = subprocess.run(
