@@ -4,14 +4,14 @@ CayleySAE: a hierarchical top-k sparse code over a parameter-free algebraic dict
 The top half builds the dictionary: labels of the coordinates of R^d by bits over GF(2^t), d = 2^t,
 and the atoms, which are parities of those labels. Then comes the layer by its plain definition,
 then the operators that compute the same fast, and last the layer. It needs only torch and numpy
-and nothing from the rest of the project: copy this file into yours.
+and nothing from the rest of the project: copy this file into yours. Import cayley_triton.py, too,
+and the operators run its kernels on CUDA.
 
 Names: n = bits of a level (2^n features), k = its active features, delta = 2^m = features in a
 block that a parent opens, N = tokens; of all levels, K = active features and F = features.
 """
 import contextlib
 import functools
-import importlib.util
 import math
 import operator
 import warnings
@@ -268,7 +268,7 @@ def _chunk_bytes(device):
 
 
 def _parity(v, label, dtype, device):
-    """(-1)^<v, label> of integers that broadcast."""
+    """(-1)^<v, label> of integers that broadcast, numpy arrays, as a tensor."""
     odd = np.bitwise_count(v & label).astype(np.int8) & 1
     return torch.from_numpy(1 - 2 * odd).to(device, dtype)
 
@@ -433,41 +433,6 @@ def _topk(score, k):
     return among // k * n_groups + best.gather(1, among % k)
 
 
-# On these devices the operators may run the kernels of cayley_triton.py instead, see use_kernels.
-TRITON_DEVICES = ("cuda",)
-_use_triton = False
-
-
-def use_kernels(name):
-    """
-    Choose what the operators run on CUDA from now on: "torch", or "triton" for cayley_triton.py's
-    kernels where they cover a shape.
-
-    Raises ValueError for another name, or where Triton or that file is missing.
-    """
-    global _use_triton
-    if name not in ("torch", "triton"):
-        raise ValueError(f"kernels={name!r}: must be 'torch' or 'triton'")
-    if name == "triton":
-        for module in ("triton", "cayley_triton"):
-            if not importlib.util.find_spec(module):
-                raise ValueError(f"kernels='triton': there is no module {module} here")
-    _use_triton = name == "triton"
-
-
-def kernels_in_use():
-    """"torch" or "triton", as use_kernels chose."""
-    return "triton" if _use_triton else "torch"
-
-
-def _triton_for(x, plan):
-    """cayley_triton, where it is in use and covers x's type and a plan, a tuple; otherwise None."""
-    if not _use_triton or x.device.type not in TRITON_DEVICES:
-        return None
-    import cayley_triton
-    return cayley_triton if cayley_triton.supports(plan[0], plan, x.dtype) else None
-
-
 class _PlannedLevel(NamedTuple):
     """A level as select works on it: blocks of 2^m features, all of them where there is no gate."""
 
@@ -509,8 +474,9 @@ def _select_chunk(x, levels):
     return torch.cat(ids, 1), torch.cat(products, 1)
 
 
-@torch.library.custom_op("cayley::select", mutates_args=())
-def select(x: Tensor, scale: Tensor, offset: Tensor, plan: list[int]) -> tuple[Tensor, Tensor]:
+def torch_select(
+    x: Tensor, scale: Tensor, offset: Tensor, plan: list[int]
+) -> tuple[Tensor, Tensor]:
     """
     Per level the k open features v with the largest <x, phi_v> * scale_v + offset_v.
 
@@ -518,9 +484,6 @@ def select(x: Tensor, scale: Tensor, offset: Tensor, plan: list[int]) -> tuple[T
     (all of a level that has no gate) -> ids (N, K), and products <x, phi_v> (N, K), which are
     differentiable in x.
     """
-    triton_kernels = _triton_for(x, tuple(plan))
-    if triton_kernels:
-        return triton_kernels.select(x, scale, offset, plan)
     d = x.shape[1]
     levels = []
     start = 0
@@ -544,16 +507,12 @@ def select(x: Tensor, scale: Tensor, offset: Tensor, plan: list[int]) -> tuple[T
     return torch.cat(ids), torch.cat(products) * d**-0.5
 
 
-@torch.library.custom_op("cayley::combine", mutates_args=())
-def combine(ids: Tensor, weights: Tensor, t: int, n: int) -> Tensor:
+def torch_combine(ids: Tensor, weights: Tensor, t: int, n: int) -> Tensor:
     """
     Sum of weights * sqrt(d) phi, differentiable in weights.
 
     ids (N, K) of the n-bit level, weights (N, K) -> (N, 2^t).
     """
-    triton_kernels = _triton_for(weights, (t,))
-    if triton_kernels:
-        return triton_kernels.combine(ids, weights, t, n)
     out = weights.new_empty(len(ids), 2**t)
     for tokens, rows, index in _atom_rows(ids, t, n, weights.dtype, weights.device):
         out[tokens] = nn.functional.embedding_bag(
@@ -562,12 +521,8 @@ def combine(ids: Tensor, weights: Tensor, t: int, n: int) -> Tensor:
     return out
 
 
-@torch.library.custom_op("cayley::project", mutates_args=())
-def project(y: Tensor, ids: Tensor, t: int, n: int) -> Tensor:
+def torch_project(y: Tensor, ids: Tensor, t: int, n: int) -> Tensor:
     """Products <y, sqrt(d) phi>: y (N, 2^t), ids (N, K) of the n-bit level -> (N, K)."""
-    triton_kernels = _triton_for(y, (t,))
-    if triton_kernels:
-        return triton_kernels.project(y, ids, t, n)
     out = y.new_empty(ids.shape)
     for tokens, rows, index in _atom_rows(ids, t, n, y.dtype, y.device):
         N, K = index.shape
@@ -578,6 +533,12 @@ def project(y: Tensor, ids: Tensor, t: int, n: int) -> Tensor:
             y[tokens], rows, index.flatten(), bags * K, bags.repeat_interleave(K), 0
         ).view_as(index)
     return out
+
+
+# the operators; cayley_triton.py, where it is imported, registers its kernels for CUDA
+select = torch.library.custom_op("cayley::select", torch_select, mutates_args=())
+combine = torch.library.custom_op("cayley::combine", torch_combine, mutates_args=())
+project = torch.library.custom_op("cayley::project", torch_project, mutates_args=())
 
 
 @select.register_fake
@@ -685,10 +646,6 @@ class CayleySAE(nn.Module):
     score_standardize: select by (raw - mean) / std + bias, with running statistics; otherwise by
         raw + bias.
     forward_standardized: the code is that score; otherwise raw + bias.
-    dense_gradient: weight with which the output's gradient also goes straight to x, in training;
-        through the codes alone it has the active atoms' directions only. The forward is the same.
-    near_misses: how many features of the top level, the next ones after the k active, hand their
-        part of the output's gradient to x as well, in training. The forward is the same.
 
     The biases are the only parameters: bias (F,), a slice of level_slices per level. Buffers of
     that layout: mean and var of raw, and active_counts, activations since it was last zeroed. Call
@@ -701,7 +658,6 @@ class CayleySAE(nn.Module):
     stats_momentum = 0.05
     stats_stride = 8  # statistics see every 8th position of (B, T, d), and every row of (N, d)
     min_var = 1e-5  # for constant features; after RMSNorm the mean square over a basis is 1
-    forgotten_after = 1000  # training forwards without update_stats(): more than one step has
 
     def __init__(
         self,
@@ -710,28 +666,17 @@ class CayleySAE(nn.Module):
         per_parent_budget=True,
         score_standardize=True,
         forward_standardized=True,
-        dense_gradient=0.0,
-        near_misses=0,
     ):
         super().__init__()
         self.levels = parse_levels(levels)
         check_levels(n_embd, self.levels, per_parent_budget)
-        inactive = n_embd - self.levels[0].k
-        if not isinstance(near_misses, int) or not 0 <= near_misses <= inactive:
-            raise ValueError(
-                f"near_misses={near_misses!r}: must be from 0 to {inactive}, the features of level "
-                "0 that are not active"
-            )
         self.n_embd = n_embd
         self.t = n_embd.bit_length() - 1
         self.n = self.levels[-1].n
         self.score_standardize = score_standardize
         self.forward_standardized = forward_standardized
-        self.dense_gradient = dense_gradient
-        self.near_misses = near_misses
         self.edits = []
         self.record = None
-        self.forwards = 0  # in training, since update_stats()
 
         self.block_bits = []  # a block of level i has 2^block_bits[i] features
         self.level_slices = []  # where the features of level i lie among all F
@@ -826,31 +771,7 @@ class CayleySAE(nn.Module):
         codes = self.edit(self.encode(x), self.edits)
         if self.record is not None:
             self.record.append(Record(x, codes))
-        out = self.decode(codes)
-        if self.training and self.dense_gradient:
-            out = out + self.dense_gradient * (x - x.detach()).to(out.dtype)  # plus 0
-        if self.training and self.near_misses:
-            near = self._project_on_near_misses(x, codes[0].ids)
-            out = out + (near - near.detach()).to(out.dtype)  # plus 0
-        return out
-
-    def _project_on_near_misses(self, x, active):
-        """
-        x (..., d) -> its part along the top level's near misses, orthonormal atoms, (..., d).
-
-        active (..., k): ids of features that are none, since where scores tie the larger selection
-        may begin with others.
-        """
-        n, k, _ = self.levels[0]
-        where = self.level_slices[0]
-        scale, shift = self.standardization()
-        offset = self.bias.detach() + shift
-        plan = [n, k + self.near_misses, n]
-        ids, products = select(self._flat(x), scale[where], offset[where], plan)
-        is_active = torch.zeros(len(ids), self.n_embd, dtype=torch.bool, device=ids.device)
-        is_active.scatter_(1, active.reshape(len(ids), -1), True)
-        near = Codes(ids, products.masked_fill(is_active.gather(1, ids), 0))
-        return self.decode([near]).view(x.shape)
+        return self.decode(codes)
 
     def edit(self, codes, edits):
         """
@@ -888,14 +809,6 @@ class CayleySAE(nn.Module):
     def _accumulate(self, x, features):
         features = features.flatten()
         self.pending_counts.index_add_(0, features, torch.ones_like(features))
-        if not torch.compiler.is_compiling():
-            self.forwards += 1
-            if self.forwards == self.forgotten_after:
-                warnings.warn(
-                    f"{self.forwards} training forwards of a CayleySAE without update_stats(): "
-                    "call it after every optimizer step, or its scores stay unstandardised",
-                    stacklevel=4,
-                )
         if not self.score_standardize:
             return
         stride = self.stats_stride if x.dim() > 2 else 1
@@ -954,7 +867,6 @@ class CayleySAE(nn.Module):
         self.active_counts += self.pending_counts
         for sums in pending:
             sums.zero_()
-        self.forwards = 0
 
     def _apply(self, fn, recurse=True):
         """Statistics stay in float32 at least: sums of squares overflow a .half() model."""

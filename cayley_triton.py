@@ -9,23 +9,21 @@ best of those groups, then the k best features in them: a threshold on the score
 round. combine and project hold a token in registers, 32 coordinates a lane, and read an atom as
 bits. Sums are in fp32. Of equal scores the smaller feature wins; every run gives the same results.
 
-records/kernels/ has the instructions and bytes of each kernel. train.py calls choose at a run's
-start, which checks them against PyTorch's on a real batch.
+Importing this file is all it takes: cayley.py's operators then run these kernels on CUDA, but for
+shapes that supports() leaves out. `with enabled(False):` has PyTorch's run again; find_fault
+compares the two on a batch, as train.py does at a run's start. records/kernels/ has the
+instructions and bytes of each kernel.
 """
-
 import functools
-import statistics
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
 import cayley
-from cayley import labels
 
 SCRATCH_BYTES = 2**29  # select takes at most about so many bytes of tokens at a time
 GROUP = 8  # features that share one entry in the first search
@@ -339,19 +337,14 @@ def project_atoms(y, ids, walsh, chirps, out, K, c, words: tl.constexpr):
 # tables, kept for every device
 
 
-def _parity(v, label):
-    return np.bitwise_count(v & label).astype(np.int8) & 1
-
-
 @functools.cache
 def _sign_table(t, n, m, device):
     """Sign bits of bfloat16, int16 (2^q, 2^p): a block's parity of the head; padded to 16 heads."""
     q = n - m
     p = min(q, t)
-    signs = np.zeros((2**q, max(16, 2**p)), dtype=np.int16)
-    label = labels(t, q) if q > t else np.arange(2**p)  # (2^p,)
-    signs[:, :2**p] = -32768 * _parity(np.arange(2**q)[:, None], label).astype(np.int16)
-    return torch.from_numpy(signs).to(device)
+    blocks = torch.arange(2**q, device=device)
+    signs = cayley._signs(blocks, p, q, torch.bfloat16, device)
+    return F.pad(signs, (0, max(16, 2**p) - 2**p)).view(torch.int16) & -32768
 
 
 @functools.cache
@@ -361,29 +354,22 @@ def _chirp_table(t, n, m, device):
 
     Padded to 16 in the last two dimensions, with zeros.
     """
-    p, c = min(n - m, t), min(n - t, m)
-    label = labels(t, n).reshape(2**p, 2 ** (t - p)).T[..., None]
-    chirps = np.zeros((2 ** (t - p), max(16, 2**p), max(16, 2**c)), dtype=np.int8)
-    chirps[:, :2**p, :2**c] = 1 - 2 * _parity(np.arange(2**c), label)
-    return torch.from_numpy(chirps).to(device, torch.bfloat16)
-
-
-@functools.cache
-def _walsh_table(r, device):
-    j = np.arange(2**r)
-    return torch.from_numpy(1 - 2 * _parity(j[:, None], j)).to(device, torch.float32)
+    chirps = cayley._inner_chirps(t, n, m, torch.bfloat16, device)
+    _, p, c = chirps.shape
+    return F.pad(chirps, (0, max(16, c) - c, 0, max(16, p) - p)).contiguous()
 
 
 @functools.cache
 def _word_tables(t, n, device):
     """Words of the Walsh functions (2^t, d/32) and of the chirps (2^(n-t), d/32), int32."""
-    chirp_labels = labels(t, n) & (2 ** (n - t) - 1)
     tables = []
-    for count, label in ((2**t, np.arange(2**t)), (2 ** (n - t), chirp_labels)):
-        bits = _parity(np.arange(count)[:, None], label).reshape(count, 32, -1)
-        places = np.arange(32, dtype=np.uint32)[:, None]
-        words = (bits.astype(np.uint32) << places).sum(1, dtype=np.uint32)
-        tables.append(torch.from_numpy(words.view(np.int32)).to(device))
+    for signs in (
+        cayley._walsh(t, torch.int8, device),
+        cayley._chirps(t, n, torch.int8, device),
+    ):
+        bits = (signs < 0).view(len(signs), 32, -1).int()
+        places = torch.arange(32, dtype=torch.int32, device=device)[:, None]
+        tables.append((bits << places).sum(1, dtype=torch.int32))
     return tables
 
 
@@ -522,14 +508,35 @@ def supports(t, plan=(), dtype=torch.float32):
 
 
 # -----------------------------------------------------------------------------
-# the operators
+# the operators: as cayley.py's torch_select and so on, which they fall back to
+
+_enabled = True
+
+
+class enabled:
+    """
+    enabled(False) has the operators run PyTorch's kernels from now on, enabled(True) these again.
+
+    By `with` it holds inside the block alone.
+    """
+
+    def __init__(self, on):
+        global _enabled
+        self.before = _enabled
+        _enabled = on
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        global _enabled
+        _enabled = self.before
 
 
 def select(x, scale, offset, plan):
-    """
-    As cayley.select: x (N, d), scale and offset (F,), plan -> ids (N, K) int64, and products (N, K)
-    in scale's dtype.
-    """
+    """x (N, d), scale and offset (F,), plan -> ids (N, K) int64, products (N, K) as scale."""
+    if not _enabled or not supports(plan[0], plan, x.dtype):
+        return cayley.torch_select(x, scale, offset, plan)
     x = x.contiguous()
     scale = scale.contiguous()
     offset = offset.contiguous()
@@ -572,7 +579,7 @@ def _select_chunk(x, scale, offset, plan, launches, scratch, ids, values):
             tables = (
                 _sign_table(t, n, m, x.device),
                 _chirp_table(t, n, m, x.device),
-                _walsh_table(t - min(n - m, t), x.device),
+                cayley._walsh(t - min(n - m, t), torch.float32, x.device),
             )
             arguments = (x, blocks, level_scale, level_offset, *tables, *results, N)
         grid = (triton.cdiv(N, first.tokens),)
@@ -583,7 +590,9 @@ def _select_chunk(x, scale, offset, plan, launches, scratch, ids, values):
 
 
 def combine(ids, weights, t, n):
-    """As cayley.combine: ids (N, K) of the n-bit level, weights (N, K) -> (N, 2^t)."""
+    """ids (N, K) of the n-bit level, weights (N, K) -> (N, 2^t)."""
+    if not _enabled or not supports(t, dtype=weights.dtype):
+        return cayley.torch_combine(ids, weights, t, n)
     ids = ids.contiguous()
     weights = weights.contiguous()
     N, K = ids.shape
@@ -598,7 +607,9 @@ def combine(ids, weights, t, n):
 
 
 def project(y, ids, t, n):
-    """As cayley.project: y (N, 2^t), ids (N, K) of the n-bit level -> (N, K)."""
+    """y (N, 2^t), ids (N, K) of the n-bit level -> (N, K)."""
+    if not _enabled or not supports(t, dtype=y.dtype):
+        return cayley.torch_project(y, ids, t, n)
     y = y.contiguous()
     ids = ids.contiguous()
     N, K = ids.shape
@@ -612,123 +623,57 @@ def project(y, ids, t, n):
     return out
 
 
+def register(device_type):
+    """Have cayley.py's operators run these on "cuda", or on "cpu" for Triton's interpreter."""
+    cayley.select.register_kernel(device_type)(select)
+    cayley.combine.register_kernel(device_type)(combine)
+    cayley.project.register_kernel(device_type)(project)
+
+
+register("cuda")
+
 # -----------------------------------------------------------------------------
-# the check at the start of a run: these kernels and PyTorch's on one batch
-
-NEAR = 1e-3  # scores closer than this may change places by rounding; scores are of order 1
-SAME = 0.9  # at least this share of the tokens has no such near tie
+# the check at the start of a run
 
 
-def _choice_fault(sae, ours, theirs, scale, offset):
-    """What differs between two results of select, (ids, products) each; "" for near ties alone."""
-    same = torch.ones(len(ours[0]), dtype=torch.bool, device=scale.device)  # so far, by level
-    start = 0
-    for i, level in enumerate(sae.levels):
-        columns = slice(start, start + level.k)
-        start += level.k
-        scores = []
-        chosen = []
-        for ids, products in (ours, theirs):
-            features = ids[:, columns] + sae.level_slices[i].start  # among all levels'
-            score = products[:, columns] * scale[features] + offset[features]
-            scores.append(score.sort(1).values)
-            chosen.append(features.sort(1).values)
-        gap = (scores[0] - scores[1]).abs().amax(1)[same]
-        if not (gap < NEAR).all():  # not a number is a fault, too
-            return f"the scores of level {i}'s active features differ by {gap.max().item():.3g}"
-        same &= (chosen[0] == chosen[1]).all(1)
-    share = same.float().mean().item()
-    if share < SAME:
-        return f"{1 - share:.1%} of the tokens have other active features"
-    return ""
-
-
-def _operators_fault(sae, x, scale, offset):
-    """The operators by Triton on x against PyTorch's in fp32; leaves PyTorch's in use."""
-    k = sae.levels[-1].k
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")  # TF32 would decide near ties its own way
-    cayley.use_kernels("torch")
-    theirs = cayley.select(x.float(), scale, offset, sae.plan)
-    ids = theirs[0][:, -k:].contiguous()
-    weights = theirs[1][:, -k:].contiguous()
-    their_sums = cayley.combine(ids, weights, sae.t, sae.n)
-    their_products = cayley.project(x.float(), ids, sae.t, sae.n)
-    torch.set_float32_matmul_precision(precision)
-
-    cayley.use_kernels("triton")
-    ours = cayley.select(x, scale, offset, sae.plan)
-    sums = cayley.combine(ids, weights.to(x.dtype), sae.t, sae.n)
-    products = cayley.project(x, ids, sae.t, sae.n)
-    cayley.use_kernels("torch")
-    fault = _choice_fault(sae, ours, theirs, scale, offset)
-    for name, a, b in (("combine", sums, their_sums), ("project", products, their_products)):
-        error = ((a.float() - b).norm() / b.norm()).item()
-        if not fault and not error < 0.02:  # the result is rounded to x's dtype
-            fault = f"{name} differs by {error:.3g} of its norm"
-    return fault
-
-
-@torch.no_grad()
-def _seconds(sae, x, kernels, repeats=5):
-    """Median time of the operators of a layer's forward and backward on x (N, d)."""
-    cayley.use_kernels(kernels)
-    scale, shift = sae.standardization()
-    offset = sae.bias + shift
-    weights = x.new_ones(len(x), sum(level.k for level in sae.levels))
-    times = []
-    for _ in range(repeats + 1):
-        if x.is_cuda:
-            torch.cuda.synchronize(x.device)
-        start = time.perf_counter()
-        ids, _ = cayley.select(x, scale, offset, sae.plan)
-        y = cayley.combine(ids, weights, sae.t, sae.n)
-        cayley.project(y, ids, sae.t, sae.n)
-        cayley.combine(ids, weights, sae.t, sae.n)
-        if x.is_cuda:
-            torch.cuda.synchronize(x.device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])  # the first one compiles
+def _by_id(ids, products):
+    """A selection's ids and products (N, K), each token's in the order of its ids."""
+    order = ids.argsort(dim=1, stable=True)
+    return ids.gather(1, order), products.gather(1, order)
 
 
 @torch.no_grad()
 def find_fault(sae, x):
     """
-    What these kernels' results on a batch of a CayleySAE's input, x (N, d), have that PyTorch's
-    haven't, beyond near ties, in words; "" if nothing. Leaves PyTorch's in use.
+    What these kernels' results have that PyTorch's in fp32 haven't, in words; "" where they agree.
+
+    sae: a CayleySAE; x (..., d): a batch of its input, under the autocast of training.
     """
+    x = sae._flat(x)  # (N, d)
     scale, shift = sae.standardization()
-    offset = sae.bias + shift
-    fault = _operators_fault(sae, x, scale, offset)
-    if sae.near_misses and not fault:
-        top = sae.level_slices[0]
-        n, k, _ = sae.levels[0]
-        wider = cayley.CayleySAE(sae.n_embd, [(n, k + sae.near_misses, 0)])  # selects them as well
-        fault = _operators_fault(wider, x, scale[top], offset[top])
-    return fault
-
-
-def choose(sae, x, wanted, total):
-    """
-    Have all CayleySAEs run these kernels if they agree with PyTorch's and are faster -> a line that
-    says which run, and why.
-
-    sae, x (N, d): a layer and a real batch of its input. wanted: "auto", or "triton" whatever the
-    times. total: sums a tensor over ranks, so that all take the same decision. Raises ValueError
-    where results differ and wanted is "triton".
-    """
-    fault = find_fault(sae, x)
-    if total(torch.tensor([float(fault != "")], device=x.device)).item():
-        message = f"Triton's kernels differ from PyTorch's: {fault or 'on another rank'}"
-        if wanted == "triton":
-            raise ValueError(f"{message}; use --kernels=torch")
-        return f"WARNING: {message}; PyTorch's are used"
-    seconds = {kernels: _seconds(sae, x, kernels) for kernels in ("triton", "torch")}
-    of_triton, of_torch = total(torch.tensor([*seconds.values()], device=x.device)).tolist()
-    name = "triton" if wanted == "triton" or of_triton < of_torch else "torch"
-    cayley.use_kernels(name)
-    return (
-        f"kernels: {name}; both agree, and a layer's operators take "
-        f"{1e3 * seconds['torch']:.2f} ms by PyTorch and {1e3 * seconds['triton']:.2f} ms by "
-        f"Triton on {len(x):,} tokens"
-    )
+    arguments = (scale, sae.bias + shift, sae.plan)
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # TF32 would decide near ties its own way
+    theirs = cayley.torch_select(x.float(), *arguments)
+    torch.set_float32_matmul_precision(precision)
+    ids, products = _by_id(*select(x, *arguments))
+    their_ids, their_products = _by_id(*theirs)
+    same = (ids == their_ids).all(1)  # (N,), true but where scores nearly tie
+    share = same.float().mean().item()
+    if share < 0.99:
+        return f"{1 - share:.1%} of the tokens have other active features"
+    k = sae.levels[-1].k
+    leaves = theirs[0][:, -k:].contiguous()
+    weights = theirs[1][:, -k:].to(x.dtype)
+    their_sums = cayley.torch_combine(leaves, weights.float(), sae.t, sae.n)
+    their_parts = cayley.torch_project(x.float(), leaves, sae.t, sae.n)
+    pairs = {
+        "select": (products[same], their_products[same]),
+        "combine": (combine(leaves, weights, sae.t, sae.n), their_sums),
+        "project": (project(x, leaves, sae.t, sae.n), their_parts),
+    }
+    for name, (ours, theirs) in pairs.items():
+        error = ((ours.float() - theirs).norm() / theirs.norm()).item()
+        if not error < 0.01:  # rounding to 16 bits is 0.003; not a number is a fault, too
+            return f"{name} differs by {error:.3g} of its norm"
+    return ""

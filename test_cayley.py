@@ -203,60 +203,6 @@ def test_layer_equals_dense_reference(n_embd, levels, switches):
     torch.testing.assert_close(sae(x), output)
 
 
-def gradient_beside_the_code(x, weight, training, setting, value):
-    """
-    What a setting adds to the gradient of (output * weight).sum() at x (..., 64), and the layer.
-
-    Neither the output nor the gradient at the biases may change.
-    """
-    results = []
-    for now in (0, value):
-        torch.manual_seed(1)
-        sae = random_sae(64, "6,5,0;9,6,16").double().train(training)
-        setattr(sae, setting, now)
-        output = sae(x)
-        results.append((output, *torch.autograd.grad((output * weight).sum(), [x, sae.bias])))
-    (plain, plain_x, plain_bias), (output, grad_x, grad_bias) = results
-    assert torch.equal(output, plain) and torch.equal(grad_bias, plain_bias)
-    return grad_x - plain_x, sae
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_dense_gradient_goes_around_the_code_in_training_alone(training):
-    torch.manual_seed(0)
-    x = torch.randn(3, 7, 64, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn_like(x)
-    added, _ = gradient_beside_the_code(x, weight, training, "dense_gradient", 0.5)
-    torch.testing.assert_close(added, 0.5 * weight * training)
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_near_misses_hand_their_part_of_the_gradient_on_in_training_alone(training):
-    torch.manual_seed(0)
-    x = torch.randn(3, 7, 64, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn_like(x)
-    added, sae = gradient_beside_the_code(x, weight, training, "near_misses", 4)
-    atoms = sae.atoms(0, range(64))
-    score = (x @ atoms.T - sae.mean[:64]) / sae.var[:64].sqrt() + sae.bias[:64]
-    ids = score.topk(9).indices[..., 5:]
-    near = torch.nn.functional.one_hot(ids, 64).sum(-2).double()  # (3, 7, 64)
-    expected = (weight @ atoms.T * near) @ atoms
-    torch.testing.assert_close(added, expected * training)
-
-
-def test_an_active_feature_is_no_near_miss_where_scores_tie():
-    torch.manual_seed(0)
-    sae = CayleySAE(64, "6,5,0;9,6,16").double()
-    x = torch.randn(20, 7, 64, dtype=torch.float64).sign().requires_grad_()
-    weight = torch.randn_like(x)
-    gradients = []
-    for sae.near_misses in (0, 7):
-        gradients += torch.autograd.grad((sae(x) * weight).sum(), x)
-    along = (gradients[1] - gradients[0]) @ sae.atoms(0, range(64)).T
-    along_active = along.gather(-1, sae.encode(x)[0].ids)
-    torch.testing.assert_close(along_active, torch.zeros_like(along_active))
-
-
 @pytest.mark.parametrize("n_embd, levels", LARGE)
 def test_full_size_layer_in_float32(n_embd, levels):
     torch.manual_seed(0)
@@ -396,7 +342,7 @@ def test_constant_input_never_divides_by_zero():
 
 def test_compiles_without_graph_breaks():
     torch.manual_seed(0)
-    sae = CayleySAE(32, "5,4,0;9,5,16", dense_gradient=1.0, near_misses=4)
+    sae = CayleySAE(32, "5,4,0;9,5,16")
     x = torch.randn(2, 8, 32)
     expected = sae(x)
     torch.testing.assert_close(torch.compile(sae, fullgraph=True, backend="aot_eager")(x), expected)
@@ -430,8 +376,6 @@ def edited(*edit):
     (lambda: CayleySAE(1024, "10,16,0;15,300,256"), ["1 to the 256"]),
     (lambda: CayleySAE(1024, "10,2000,0"), ["1 to the 1024"]),
     (lambda: CayleySAE(1024, "10,0,0"), ["1 to the 1024"]),
-    (lambda: CayleySAE(64, "6,5,0", near_misses=60), ["near_misses=60", "59"]),
-    (lambda: CayleySAE(64, "6,5,0", near_misses=1.5), ["near_misses=1.5", "59"]),
 ])
 def test_errors_name_the_value_and_the_fix(call, words):
     with pytest.raises(ValueError) as error:

@@ -1,6 +1,4 @@
 """cayley.py as a library: what a user's own model may do with the layer."""
-import warnings
-
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -140,26 +138,6 @@ def test_activation_checkpointing_counts_once(reentrant):
     for name, value in statistics(recomputed).items():
         torch.testing.assert_close(value, expected[name])
     assert recomputed.active_counts.sum() == 3 * 40 * 9
-
-
-def test_a_forgotten_update_is_noticed_once():
-    sae = small_sae()
-    sae.forgotten_after = 5
-    x = torch.randn(4, 32)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for _ in range(3):
-            for _ in range(4):
-                sae(x)
-            sae.update_stats()
-        sae.eval()
-        for _ in range(10):
-            sae(x)
-    sae.train()
-    with pytest.warns(UserWarning, match="without update_stats") as caught:
-        for _ in range(12):
-            sae(x)
-    assert len(caught) == 1
 
 
 # -----------------------------------------------------------------------------

@@ -7,6 +7,7 @@ Triton is imported.
 Prints a line for each shape; raises AssertionError for a difference.
 """
 import copy
+import math
 import os
 import sys
 from pathlib import Path
@@ -35,9 +36,9 @@ SHAPES = [  # n_embd, levels, tokens
 ]
 
 
-def random_sae(n_embd, levels, near_misses=0):
+def random_sae(n_embd, levels):
     torch.manual_seed(0)
-    sae = CayleySAE(n_embd, levels, near_misses=near_misses).eval()
+    sae = CayleySAE(n_embd, levels).eval()
     with torch.no_grad():
         sae.bias.normal_(std=0.3)
         sae.mean.normal_(std=0.3)
@@ -59,11 +60,10 @@ def check_layer(n_embd, levels, n_tokens):
     sae = random_sae(n_embd, levels)
     x = torch.randn(n_tokens, n_embd)
     weight = torch.randn(n_tokens, n_embd)
-    cayley.use_kernels("triton")
     assert cayley_triton.supports(sae.t, sae.plan)
     ours = through(sae, x, weight)
-    cayley.use_kernels("torch")
-    theirs = through(sae, x, weight)
+    with cayley_triton.enabled(False):
+        theirs = through(sae, x, weight)
     wide = copy.deepcopy(sae).double()
     atoms = [wide.atoms(i, range(2**level.n)) for i, level in enumerate(wide.levels)]
     definition = plain_encode(wide, x.double(), atoms)
@@ -84,17 +84,17 @@ def check_half(n_embd, levels, n_tokens, dtype):
     offset = sae.bias.detach() + shift
     x = torch.randn(n_tokens, n_embd).to(dtype)
     ids, products = cayley_triton.select(x, scale, offset, sae.plan)
-    exact_ids, exact_products = cayley.select(x.float(), scale, offset, sae.plan)
+    exact_ids, exact_products = cayley.torch_select(x.float(), scale, offset, sae.plan)
     assert torch.equal(ids, exact_ids)
     torch.testing.assert_close(products, exact_products, atol=1e-5, rtol=1e-5)
     weights = torch.randn(ids.shape).to(dtype)
     leaves = ids % 2**sae.n
     sums = cayley_triton.combine(leaves, weights, sae.t, sae.n)
-    exact = cayley.combine(leaves, weights.float(), sae.t, sae.n)
+    exact = cayley.torch_combine(leaves, weights.float(), sae.t, sae.n)
     assert sums.dtype == dtype
     torch.testing.assert_close(sums, exact.to(dtype), atol=1e-5, rtol=2**-7)
     products = cayley_triton.project(x, leaves, sae.t, sae.n)
-    exact = cayley.project(x.float(), leaves, sae.t, sae.n)
+    exact = cayley.torch_project(x.float(), leaves, sae.t, sae.n)
     torch.testing.assert_close(products, exact.to(dtype), atol=1e-4, rtol=2**-7)
 
 
@@ -114,51 +114,50 @@ def check_ties():
     assert empty_ids.shape == empty.shape == (0, 16)
 
 
+def check_fallback():
+    """Shapes that the kernels don't cover take PyTorch's, and so do all while they are off."""
+    sae = random_sae(16, "4,3,0;6,4,8")
+    assert not cayley_triton.supports(sae.t, sae.plan)
+    x = torch.randn(3, 16)
+    output = sae(x)
+    covered = random_sae(32, "5,2,0;7,2,4")
+    with cayley_triton.enabled(False):
+        assert torch.equal(sae(x), output)
+        launched = cayley_triton.combine_atoms
+        cayley_triton.combine_atoms = None  # a launch would fail
+        covered(torch.randn(1, 32))
+        cayley_triton.combine_atoms = launched
+
+
 def check_comparison():
     """What a run does at its start: equal kernels agree, spoilt ones are found."""
-    sae = random_sae(32, "5,2,0;7,2,4", near_misses=3)
-    x = torch.randn(1, 32)
-
-    def decide(wanted):
-        message = cayley_triton.choose(sae, x, wanted, lambda tensor: tensor)
-        return message, cayley.kernels_in_use()
-
-    message, used = decide("triton")
-    assert used == "triton" and "both agree" in message, message
-    message, used = decide("auto")  # the interpreter is the slower one
-    assert used == "torch" and "both agree" in message, message
-    right = cayley_triton.combine
-    cayley_triton.combine = lambda *arguments: right(*arguments) * 1.05
-    message, used = decide("auto")
-    assert used == "torch" and "combine differs" in message, message
-    try:
-        decide("triton")
-    except ValueError as error:
-        assert "--kernels=torch" in str(error)
-    else:
-        raise AssertionError("a difference was accepted")
-    cayley_triton.combine = right
-    right_select = cayley_triton.select
+    sae = random_sae(32, "5,2,0;7,2,4")
+    x = torch.randn(1, 2, 32)
+    assert cayley_triton.find_fault(sae, x) == ""
+    right = {name: getattr(cayley_triton, name) for name in ("select", "combine", "project")}
 
     def shifted(*arguments):
-        ids, products = right_select(*arguments)
+        ids, products = right["select"](*arguments)
         return ids ^ 1, products
 
-    def shifted_near_misses(x, scale, offset, plan):
-        if plan == sae.plan:
-            return right_select(x, scale, offset, plan)
-        return shifted(x, scale, offset, plan)
+    def scaled(*arguments):
+        ids, products = right["select"](*arguments)
+        return ids, products * 1.05
 
-    for spoilt in (shifted, shifted_near_misses):
-        cayley_triton.select = spoilt
-        message, used = decide("auto")
-        assert used == "torch" and "differ" in message, message
-    cayley_triton.select = right_select
-    cayley.use_kernels("torch")
+    spoilt = [
+        ("select", shifted, "other active features"),
+        ("select", scaled, "select differs"),
+        ("combine", lambda *arguments: right["combine"](*arguments) * 1.05, "combine differs"),
+        ("project", lambda *arguments: right["project"](*arguments) * math.nan, "project differs"),
+    ]
+    for name, wrong, words in spoilt:
+        setattr(cayley_triton, name, wrong)
+        assert words in cayley_triton.find_fault(sae, x)
+        setattr(cayley_triton, name, right[name])
 
 
 def main():
-    cayley.TRITON_DEVICES = ("cpu",)
+    cayley_triton.register("cpu")
     for shape in SHAPES:
         check_layer(*shape)
         print("layer", *shape, flush=True)
@@ -168,12 +167,14 @@ def main():
             print("half", *shape, dtype, flush=True)
     check_ties()
     print("ties", flush=True)
+    check_fallback()
+    print("fallback", flush=True)
     check_comparison()
     print("comparison", flush=True)
     sae = random_sae(32, "5,2,0;7,2,4")
     x = torch.randn(1, 2, 32)
-    expected = sae(x)
-    cayley.use_kernels("triton")
+    with cayley_triton.enabled(False):
+        expected = sae(x)
     compiled = torch.compile(sae, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), expected)
     print("compiled", flush=True)

@@ -6,10 +6,12 @@ What the design of the layer leaves open: the dense twin, and the layer with one
     python records/ablation/ablation.py --only "no gate" --only "Gold exponent 3"
 
 Start it at the top of the repository, after `make demo` has built data/python. Every setting trains
-configs/demo.py at SIZE by train.py; those of AblatedSAE train it with that layer in the model.
+configs/demo.py at SIZE by train.py; those of GradientSAE and AblatedSAE train it with that layer in
+the model.
 """
 import math
 import os
+import runpy
 import sys
 
 import numpy as np
@@ -20,8 +22,7 @@ from torch.nn import functional as F
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 
 import model
-import train
-from cayley import CayleySAE, Codes, labels, open_features
+from cayley import CayleySAE, Codes, Record, labels, open_features, select
 from configurator import configure
 from tools import tax
 
@@ -115,9 +116,64 @@ def random_atoms(walsh, n, seed):
     return atoms
 
 
-class AblatedSAE(CayleySAE):
+class GradientSAE(CayleySAE):
     """
-    CayleySAE by products with dense dictionaries, and with options that it doesn't have.
+    CayleySAE whose input gets more of the output's gradient in training; the forward is the same.
+
+    dense_gradient: weight with which the gradient goes straight to x as well; through the codes
+        alone it has the active atoms' directions only
+    near_misses: how many features of the top level, the next ones after the k active, hand their
+        part of the gradient to x
+
+    Raises ValueError for more near misses than there are features that are not active.
+    """
+
+    dense_gradient = 0.0
+    near_misses = 0
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        inactive = self.n_embd - self.levels[0].k
+        if not 0 <= self.near_misses <= inactive:
+            raise ValueError(
+                f"near_misses={self.near_misses}: must be from 0 to {inactive}, the features of "
+                "level 0 that are not active"
+            )
+
+    def forward(self, x):
+        codes = self.edit(self.encode(x), self.edits)
+        if self.record is not None:
+            self.record.append(Record(x, codes))
+        out = self.decode(codes)
+        if self.training and self.dense_gradient:
+            out = out + self.dense_gradient * (x - x.detach()).to(out.dtype)  # plus 0
+        if self.training and self.near_misses:
+            near = self._project_on_near_misses(x, codes[0].ids)
+            out = out + (near - near.detach()).to(out.dtype)  # plus 0
+        return out
+
+    def _project_on_near_misses(self, x, active):
+        """
+        x (..., d) -> its part along the top level's near misses, orthonormal atoms, (..., d).
+
+        active (..., k): ids of features that are none, since where scores tie the larger selection
+        may begin with others.
+        """
+        n, k, _ = self.levels[0]
+        where = self.level_slices[0]
+        scale, shift = self.standardization()
+        offset = self.bias.detach() + shift
+        plan = [n, k + self.near_misses, n]
+        ids, products = select(self._flat(x), scale[where], offset[where], plan)
+        is_active = torch.zeros(len(ids), self.n_embd, dtype=torch.bool, device=ids.device)
+        is_active.scatter_(1, active.reshape(len(ids), -1), True)
+        near = Codes(ids, products.masked_fill(is_active.gather(1, ids), 0))
+        return self.decode([near]).view(x.shape)
+
+
+class AblatedSAE(GradientSAE):
+    """
+    GradientSAE by products with dense dictionaries, and with options that it doesn't have.
 
     dictionary: below level 0, "kasami" (the design's), "gold" or "random", see the functions above
     residual: a level scores what the levels above leave
@@ -218,37 +274,37 @@ class AblatedSAE(CayleySAE):
 # -----------------------------------------------------------------------------
 # runs
 
-OPTIONS = ("dictionary", "residual", "repeats", "absolute", "leaf_weight", "revive")
+GRADIENT_OPTIONS = ("dense_gradient", "near_misses")
+OPTIONS = (
+    *GRADIENT_OPTIONS, "dictionary", "residual", "repeats", "absolute", "leaf_weight", "revive"
+)
 DICTIONARIES = ("kasami", "gold", "random")
 
 
 def take_options(arguments):
-    """--key=value arguments -> {key: value} of those of AblatedSAE, and the others."""
-    ours, others = [], []
+    """--key=value arguments -> {key: value} of those that are a layer's options, and the others."""
+    ours, others = {}, []
     for argument in arguments:
         key = argument.removeprefix("--").partition("=")[0]
         if key in OPTIONS:
-            ours.append(argument)
+            ours[key] = argument
         else:
             others.append(argument)
-    if not ours:
-        return {}, others
-    options = configure({key: getattr(AblatedSAE, key) for key in OPTIONS}, ours)
-    if options["dictionary"] not in DICTIONARIES:
-        raise ValueError(f"dictionary={options['dictionary']!r}: must be one of "
-                         f"{', '.join(map(repr, DICTIONARIES))}")
-    return options, others
+    defaults = {key: getattr(AblatedSAE, key) for key in OPTIONS}
+    values = configure(defaults, list(ours.values()), choices={"dictionary": DICTIONARIES})
+    return {key: values[key] for key in ours}, others
 
 
 def train_one(arguments):
-    """Be train.py with these arguments; options among them put AblatedSAE into the model."""
+    """Be train.py with these arguments; options among them put their layer into the model."""
     options, others = take_options(arguments)
     if options:
+        layer = GradientSAE if set(options) <= set(GRADIENT_OPTIONS) else AblatedSAE
         for key, value in options.items():
-            setattr(AblatedSAE, key, value)
-        model.CayleySAE = AblatedSAE
-    sys.argv[1:] = others
-    train.main()
+            setattr(layer, key, value)
+        model.CayleySAE = layer
+    sys.argv = ["train.py", *others]
+    runpy.run_path(os.path.join(os.path.dirname(model.__file__), "train.py"), run_name="__main__")
 
 
 def main():
