@@ -41,9 +41,6 @@ TRAIN = [
     ("--cayley_levels=6,4,0", "'6,4,0'", "= 5"),
     ("--cayley_levels=5,4,0;16,4,2048", "'16,4,2048'", "15 bits"),
     ("--cayley_levels=5,4,0;8,4,12", "'8,4,12'", "power of two"),
-    ("--dry_run --n_embd=48", "n_embd=48", "power of two"),
-    ("--dry_run --cayley_levels=5,4,0;99999999999999,4,2048", "'99999999999999,4,2048'", "15 bits"),
-    ("--dry_run --near_misses=2000", "near_misses=2000", "level 0"),
     ("--init_from=resume", "last.pt: no such checkpoint"),
     ("--wandb_log=True", "wandb"),
     ("--final_evals --final_evals_args=--lambada=nothing.jsonl", "nothing.jsonl: no such file"),
@@ -205,13 +202,10 @@ def test_nanogpt_s_names_are_refused_with_ours(fails, tmp_path, key, ours):
     check_words(fails("train.py", tmp_path / "c.py"), ["c.py", repr(key), ours])
 
 
-@pytest.mark.parametrize("dry_run", [False, True])
-def test_accumulation_must_be_a_multiple_of_the_ranks(
-    fails, data_dir, tmp_path, monkeypatch, dry_run
-):
+def test_accumulation_must_be_a_multiple_of_the_ranks(fails, data_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
-    settings = {**TINY, "data_dir": data_dir, "out_dir": tmp_path / "run", "dry_run": dry_run}
+    settings = {**TINY, "data_dir": data_dir, "out_dir": tmp_path / "run"}
     line = fails("train.py", *arguments(settings))
     assert "gradient_accumulation_steps=4 is not a multiple of the 3 ranks" in line
 

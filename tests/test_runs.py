@@ -337,34 +337,6 @@ def test_parity_needs_a_target(data_dir, tmp_path, words, message):
 
 
 # -----------------------------------------------------------------------------
-# the dry run
-
-
-@pytest.mark.parametrize("words", [
-    {"lr_schedule": "parity", "target_val_loss": 3.0},
-    {"lr_schedule": "constant"},
-    {"warmdown_frac": 0.0},
-])
-def test_a_dry_run_that_ends_in_its_warmup(data_dir, tmp_path, words):
-    result = run_training(data_dir, tmp_path / "run", dry_run=True, max_iters=2, **words)
-    assert result.returncode == 0, result.stderr
-    assert "iteration 2: learning rates" in result.stdout
-
-
-def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
-    config = ROOT / "configs" / "cayley_small_2L.py"
-    result = subprocess.run(
-        [sys.executable, ROOT / "train.py", config, "--dry_run"],
-        cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT,
-    )
-    assert result.returncode == 0, result.stderr
-    for text in ("data: not ready", "12,716 iterations of 1,572,864 = 20,000,538,624",
-                 "iteration 1,271: learning rates 0.012", "a card of 80 GB holds"):
-        assert text in result.stdout
-    assert not list(tmp_path.iterdir())
-
-
-# -----------------------------------------------------------------------------
 # what faults made by hand got past, see records/mutants
 
 
