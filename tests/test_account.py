@@ -1,9 +1,12 @@
-"""account.py's numbers are those of real models and real steps."""
+"""account.py's numbers are those of real models and steps, and its plan is of what would train."""
 import csv
+import shlex
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ENVIRONMENT, ROOT, TINY, arguments, run_script
 from torch.profiler import ProfilerActivity, profile
 
 from model import GPT, GPTConfig
@@ -14,11 +17,10 @@ BATCH = 8
 LEVELS = ("", "6,8,0;9,16,16", "6,8,0;8,16,16;10,16,32")
 
 
-def make(levels, near_misses=0):
+def make(levels):
     torch.manual_seed(0)
     config = GPTConfig(
-        n_layer=2, n_embd=64, n_head=2, block_size=128, vocab_size=2048, cayley_levels=levels,
-        near_misses=near_misses,
+        n_layer=2, n_embd=64, n_head=2, block_size=128, vocab_size=2048, cayley_levels=levels
     )
     return config, GPT(config), torch.randint(2048, (BATCH, 129))
 
@@ -67,15 +69,6 @@ def test_activations_are_what_a_forward_saves(levels, bf16):
     parts = account.memory_account(config, BATCH, bf16=bf16, fused_norm=False)
     expected = parts["activations"] + parts["weights in bf16"] + parts["loss"] / 3
     assert saved_bytes(model, model, idx, bf16) == pytest.approx(expected, rel=0.02)
-
-
-def test_activations_of_near_misses():
-    saved, accounted = [], []
-    for near_misses in (0, 32):
-        config, model, idx = make(LEVELS[1], near_misses)
-        saved.append(saved_bytes(model, model, idx, bf16=True))
-        accounted.append(account.activation_bytes(config, BATCH * 128))
-    assert saved[1] - saved[0] == accounted[1] - accounted[0]
 
 
 def test_activations_of_a_compiled_forward():
@@ -131,3 +124,70 @@ def test_the_command(tmp_path):
     peak = account.memory_account(config, batch_size, world_size=2)["peak"]
     assert int(rows["cayley_large_3L"]["peak"]) == peak
     assert "world_size=0" in run_script("-m", "tools.account", "--world_size=0").stderr
+
+
+# -----------------------------------------------------------------------------
+# the plan of a run
+
+
+def plan(*words, **settings):
+    """account.py with configs/demo.py, TINY and other settings, and words of a command line."""
+    settings = arguments({**TINY, **settings})
+    return run_script("-m", "tools.account", ROOT / "configs" / "demo.py", *settings, *words)
+
+
+@pytest.mark.parametrize("words", [
+    {"lr_schedule": "parity", "target_val_loss": 3.0},
+    {"lr_schedule": "constant"},
+    {"warmdown_frac": 0.0},
+])
+def test_a_plan_that_ends_in_its_warmup(data_dir, tmp_path, words):
+    result = plan(max_iters=2, data_dir=data_dir, out_dir=tmp_path / "run", **words)
+    assert result.returncode == 0, result.stderr
+    assert "iteration 2: learning rates" in result.stdout
+    assert f"data: {data_dir}: tokenizer bytes" in result.stdout
+
+
+def test_the_plan_is_printed_and_nothing_written(tmp_path):
+    config = ROOT / "configs" / "cayley_small_2L.py"
+    result = subprocess.run(
+        [sys.executable, "-m", "tools.account", config],
+        cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT,
+    )
+    assert result.returncode == 0, result.stderr
+    for text in ("data: not ready", "12,716 iterations of 1,572,864 = 20,000,538,624",
+                 "iteration 1,271: learning rates 0.012", "a card of 80 GB holds"):
+        assert text in result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command, words", [
+    ("--n_embd=48", ["n_embd=48", "power of two"]),
+    ("--cayley_levels=5,4,0;99999999999999,4,2048", ["'99999999999999,4,2048'", "15 bits"]),
+    ("--batch_size=0", ["batch_size=0", "at least 1"]),
+    ("--momentum=1.0", ["momentum=1.0", "below 1"]),
+    ("--lr_schedule=step", ["lr_schedule='step'", "'cosine'"]),
+    ("--lr_schedule=parity", ["target_val_loss=0.0"]),
+    ("--n_layers=2", ["'n_layers'", "'n_layer'"]),
+    ("--device=gpu", ["device='gpu'", "'cpu'"]),
+])
+def test_what_training_refuses_the_plan_refuses(command, words):
+    result = plan(*shlex.split(command))
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith("account.py: ")
+    assert [word for word in words if word not in result.stderr] == [], result.stderr
+
+
+def test_the_accumulation_of_the_plan_must_be_a_multiple_of_the_ranks(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    config = str(ROOT / "configs" / "demo.py")
+    with pytest.raises(ValueError) as error:
+        account.check_run([config, "--gradient_accumulation_steps=4"])
+    line = str(error.value)
+    assert "gradient_accumulation_steps=4 is not a multiple of the 3 ranks" in line
+
+
+def test_a_cuda_run_is_planned_without_one():
+    result = plan(device="cuda", torch_compile=True)
+    assert result.returncode == 0, result.stderr
+    assert "a card of 24 GB holds" in result.stdout

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import run_script, run_training
+from conftest import run_script
 
 import sample
 from cayley import Edit
@@ -399,18 +399,3 @@ def test_the_script_and_the_paired_comparison(trained, data_dir, tmp_path):
     assert scores["vs"]["loss_difference"] == 0
     assert len(scores["codes"]["layers"]) == 2
     assert scores["codes"]["loss"] == pytest.approx(scores["val"]["loss"])  # the same 16 windows
-
-
-def test_training_ends_with_evals(trained, data_dir, tmp_path):
-    (tmp_path / "lambada.jsonl").write_text('{"text": "one two three"}\n')
-    args = f"--n_windows=16 --lambada={tmp_path / 'lambada.jsonl'}"
-    settings = dict(max_iters=2, eval_interval=2, final_evals=True, final_evals_args=args)
-    run = run_training(data_dir, tmp_path / "run", **settings)
-    assert run.returncode == 0, run.stderr
-    scores = json.loads((tmp_path / "run" / "evals.json").read_text())
-    assert scores["lambada"]["items"] == 1
-    assert f"lambada: accuracy {scores['lambada']['accuracy']:.4g}" in run.stdout
-    ckpt = f"--ckpt={tmp_path / 'run' / 'last.pt'}"
-    again = run_script("-m", "tools.evals", ckpt, *args.split())  # the same by hand
-    assert again.returncode == 0
-    assert json.loads((tmp_path / "run" / "evals.json").read_text()) == scores

@@ -68,8 +68,8 @@ def test_gaps_are_paired_by_seed():
     (["cayley_levels=7,24,0"], "write name: key=value"),
     ([": cayley_levels=7,24,0"], "write name: key=value"),
     (["dense: cayley_levels=7,24,0"], "'dense' is taken"),
-    (["a: near_misses=1", "a: near_misses=2"], "'a' is taken"),
-    (["a b: near_misses=1", "a_b: near_misses=2"], "share a directory"),
+    (["a: n_layer=1", "a: n_layer=2"], "'a' is taken"),
+    (["a b: n_layer=1", "a_b: n_layer=2"], "share a directory"),
     (["a: max_iters=1"], "all runs share max_iters"),
     (["a: max-iters=1"], "all runs share max_iters"),
     (["a: seed=7"], "tax.py gives seed itself"),
@@ -81,7 +81,7 @@ def test_variants_that_could_not_be_compared_are_refused(config, tmp_path, texts
 
 
 def test_a_typo_costs_no_run_and_can_be_corrected(config, tmp_path):
-    """A dry run of every setting comes before the first training."""
+    """Every setting is checked before the first training."""
     out_dir = tmp_path / "tax"
     for _ in range(2):  # the second time the directory is there, but holds no run
         with pytest.raises(ValueError, match="'nosuch'"):

@@ -1,10 +1,13 @@
 """
 A training step on paper: parameters, FLOPs and one rank's memory, from a model's configuration.
 
+    python -m tools.account configs/demo.py --max_iters=2    # a run: its plan, without training
     python -m tools.account                    # the recipes of configs/: memory, what fits a card
     python -m tools.account --world_size=1 --csv_file=account.csv
 
-Pure functions of a GPTConfig; train.py --dry_run and bench.py print what they say.
+A run's plan is of train.py's settings, given as train.py takes them and refused as it refuses
+them; the variable WORLD_SIZE says on how many GPUs. None is needed, and nothing is written. The
+rest are pure functions of a GPTConfig, which bench.py prints beside what it measures.
 
 Shapes: N = tokens of a micro-batch, d = n_embd, V = vocab_size, H = n_head, F = features and K =
 active features of a layer.
@@ -12,24 +15,28 @@ active features of a layer.
 if not __package__:
     raise SystemExit("from the repository's root: python -m tools.account")
 
+import ast
 import bisect
-import csv
-import io
 import math
 import os
-import runpy
+import sys
 from dataclasses import fields
 from typing import NamedTuple
 
+import torch
+
 from cayley import CHUNK_BYTES, TABLE_BYTES, parse_levels
+from checkpoint import pick_device
 from configurator import configure
-from data import Windows, write_text
-from model import GPTConfig
+from data import Windows
+from model import GPT, GPTConfig
+from tools.report import markdown, write_csv
 
 # settings, see configurator.py
-world_size = 8  # ranks that share Muon's state
-csv_file = ""  # for the table, in bytes
+world_size = 8  # ranks that share Muon's state, in the table of recipes
+csv_file = ""  # for that table, in bytes
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RECIPES = (
     "cayley_small_2L",
     "cayley_small_3L",
@@ -142,11 +149,7 @@ def sae_activation_bytes(config):
     levels = layer_levels(config)
     active = sum(level.k for level in levels)
     scales = 4 if config.forward_standardized else 0
-    near = 0
-    if levels and config.near_misses:
-        selected = levels[0].k + config.near_misses
-        near = selected * (2 * 8 + 1)  # ids for another select and combine; which are active
-    return active * (3 * 8 + scales) + near
+    return active * (3 * 8 + scales)
 
 
 def loss_bytes(config, n_tokens, bf16=True, compiled=False):
@@ -252,10 +255,58 @@ def largest_batch(config, card_bytes, world_size=1, compiled=False):
 
 
 # -----------------------------------------------------------------------------
-# the plan of a run: train.py --dry_run
+# a run of train.py
 
 
-def show_data(settings):
+def train_settings(arguments):
+    """
+    train.py's globals with its arguments applied and checked, as it does both itself.
+
+    Importing train.py would train. So its source is run down to the statement that assigns config
+    and through the checks, statements with a raise, that stand directly below; get_lr is defined,
+    and the rest never runs. Raises ValueError as train.py does.
+    """
+    path = os.path.join(ROOT, "train.py")
+    with open(path, encoding="utf-8") as file:
+        statements = ast.parse(file.read(), path).body
+    end = 0
+    while not ast.unparse(statements[end]).startswith("config = "):
+        end += 1
+    end += 1
+    while any(isinstance(node, ast.Raise) for node in ast.walk(statements[end])):
+        end += 1
+    get_lr = [s for s in statements[end:] if getattr(s, "name", "") == "get_lr"]
+    program = ast.Module(statements[:end] + get_lr, type_ignores=[])
+    namespace = {"__name__": "train", "__file__": path}
+    before = sys.argv
+    sys.argv = [before[0], *arguments]  # configure() reads it
+    try:
+        exec(compile(program, path, "exec"), namespace)
+    finally:
+        sys.argv = before
+    return namespace
+
+
+def gpt_config(settings):
+    """The GPTConfig of train.py's settings. Raises ValueError for an impossible one."""
+    return GPTConfig(**{field.name: settings[field.name] for field in fields(GPTConfig)})
+
+
+def check_run(arguments):
+    """
+    train_settings of a run that train.py would begin.
+
+    Raises ValueError also for a device of no known kind and for a model that can't be built.
+    """
+    train = train_settings(arguments)
+    if train["device"].split(":")[0] not in ("cuda", "mps"):  # which need not be here
+        pick_device(train["device"])
+    with torch.device("meta"):
+        GPT(gpt_config(train))
+    return train
+
+
+def describe_data(settings):
     """A line on the training data, as far as they are there."""
     data_dir = settings["data_dir"]
     try:
@@ -268,15 +319,28 @@ def show_data(settings):
     return f"{data_dir}: tokenizer {tokenizer}, {len(windows):,} windows, read {epochs:.2f} times"
 
 
-def show_plan(settings, rates):
-    """
-    Print what a run of train.py's settings would be, and a rank's memory; no GPU is needed.
+def show_schedule(train):
+    """Print the learning rates at the corners of the schedule: train is train_settings'."""
+    max_iters = train["max_iters"]
+    corners = [0, train["warmup_iters"], max_iters]
+    if train["lr_schedule"] == "parity":
+        print(f"parity: flat until val loss is within {train['parity_band']} of "
+              f"{train['target_val_loss']}, then a warmdown of {train['parity_iters']} iterations, "
+              "and the end")
+    else:
+        corners.append(int((1 - train["warmdown_frac"]) * max_iters))
+    for it in sorted({min(corner, max_iters) for corner in corners}):
+        muon = train["get_lr"](it, train["muon_lr"], train["muon_min_lr"])
+        adamw = train["get_lr"](it, train["adamw_lr"], train["adamw_min_lr"])
+        print(f"iteration {it:,}: learning rates {muon:.3g} (Muon), {adamw:.3g} (AdamW)")
 
-    rates: Muon's and AdamW's at the schedule's corners, {iteration: (rate, rate)}.
-    """
-    config = GPTConfig(**{f.name: settings[f.name] for f in fields(GPTConfig)})
+
+def show_plan(train):
+    """Print what a run would be, and a rank's memory: train is train_settings'."""
+    settings = train["config"]
+    config = gpt_config(settings)
     accumulation = settings["gradient_accumulation_steps"]
-    # without torchrun those of a machine of 8 that share the accumulation evenly
+    # unless it is said, those of a machine of 8 that share the accumulation evenly
     ranks = int(os.environ.get("WORLD_SIZE", math.gcd(8, accumulation)))
     batch_size = settings["batch_size"]
     compiled = settings["torch_compile"]
@@ -284,13 +348,12 @@ def show_plan(settings, rates):
     iterations = settings["max_iters"]
     muon, adamw = muon_parameters(config), adamw_parameters(config)
     print("settings: " + ", ".join(f"{key}={value!r}" for key, value in settings.items()))
-    print(f"data: {show_data(settings)}")
+    print(f"data: {describe_data(settings)}")
     print(f"parameters: {muon + adamw:,}, of which Muon's {muon:,}")
     print(f"tokens: {iterations:,} iterations of {tokens:,} = {iterations * tokens:,}")
     print(f"arithmetic: {flops_per_token(config) * iterations * tokens:.3g} FLOPs")
-    for it, (muon_rate, adamw_rate) in sorted(rates.items()):
-        print(f"iteration {it:,}: learning rates {muon_rate:.3g} (Muon), {adamw_rate:.3g} (AdamW)")
-    print(f"memory of one of {ranks} GPUs in bf16, on paper (torchrun or WORLD_SIZE=1 sets it):")
+    show_schedule(train)
+    print(f"memory of one of {ranks} GPUs in bf16, on paper (WORLD_SIZE=1 sets how many):")
     for name, size in memory_account(config, batch_size, ranks, compiled=compiled).items():
         print(f"  {name:26} {size / 1e6:12,.1f} MB")
     for card in CARDS:
@@ -299,22 +362,20 @@ def show_plan(settings, rates):
 
 
 # -----------------------------------------------------------------------------
+# the recipes
 
 
 def read_recipe(path):
-    """A config file -> its GPTConfig and batch_size."""
-    values = runpy.run_path(path)
-    arguments = {f.name: values[f.name] for f in fields(GPTConfig) if f.name in values}
-    return GPTConfig(**arguments), values["batch_size"]
+    """A config file on top of train.py's defaults -> its GPTConfig and batch_size."""
+    settings = train_settings([str(path)])
+    return gpt_config(settings), settings["batch_size"]
 
 
 def recipe_rows():
     """{recipe: {quantity: value}}, in bytes where it is memory."""
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    paths = [os.path.join(root, "configs", f"{name}.py") for name in RECIPES]
     rows = {}
-    for name, path in zip(RECIPES, paths):
-        config, batch_size = read_recipe(path)
+    for name in RECIPES:
+        config, batch_size = read_recipe(os.path.join(ROOT, "configs", f"{name}.py"))
         row = {"micro-batch": batch_size}
         row |= memory_account(config, batch_size, world_size)
         compiled = memory_account(config, batch_size, world_size, compiled=True)
@@ -328,26 +389,30 @@ def recipe_rows():
     return rows
 
 
-def main():
-    configure(globals())
-    if world_size < 1:
-        raise ValueError(f"world_size={world_size}: must be at least 1")
+def show_recipes():
+    """Print the table of recipes, and write it to csv_file."""
     rows = recipe_rows()
+    quantities = list(rows[RECIPES[0]])
     print(f"one rank of {world_size}, bf16: GB at the peak of a step, eager unless said, and the "
           "largest micro-batch that fits a card\n")
-    print("| | " + " | ".join(rows) + " |")
-    print("|---" * (len(rows) + 1) + "|")
-    for quantity, first in rows[RECIPES[0]].items():
+    table = []
+    for quantity in quantities:
         values = [row[quantity] for row in rows.values()]
-        if first > 1e6:
+        if values[0] > 1e6:
             values = [f"{value / 1e9:.2f}" for value in values]
-        print(f"| {quantity} | " + " | ".join(map(str, values)) + " |")
+        table.append([quantity, *map(str, values)])
+    print("\n".join(markdown(["", *rows], table)))
     if csv_file:
-        table = io.StringIO(newline="")
-        writer = csv.writer(table)
-        writer.writerow(["recipe", *rows[RECIPES[0]]])
-        writer.writerows([name, *row.values()] for name, row in rows.items())
-        write_text(csv_file, table.getvalue())
+        write_csv(csv_file, ["recipe", *quantities],
+                  [[name, *row.values()] for name, row in rows.items()])
+
+
+def main():
+    if any(not word.startswith("-") and word.endswith(".py") for word in sys.argv[1:]):
+        show_plan(check_run(sys.argv[1:]))
+    else:
+        configure(globals(), at_least={"world_size": 1})
+        show_recipes()
 
 
 if __name__ == "__main__":

@@ -6,8 +6,7 @@ Scores a checkpoint: val loss, perplexity of text, HellaSwag, LAMBADA, and its s
     python -m tools.evals --ckpt ckpt.pt --ppl=text.txt --hellaswag=val.jsonl --lambada=test.jsonl
     python -m tools.evals --ckpt ckpt.pt --vs=other.pt                 # val losses compared, paired
 
-Prints the scores and writes them to evals.json beside the checkpoint. train.py --final_evals does
-so at its end.
+Prints the scores and writes them to evals.json beside the checkpoint.
 
 Conventions
 - Losses are nats per token. A standard error is over windows or items; for several texts it is

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from configurator import configure
 from data import write_text
+from tools import account
 
 # settings, see configurator.py
 config = "configs/demo.py"  # of every run
@@ -40,7 +41,7 @@ out_dir = "out/tax"
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TRAIN = [os.path.join(ROOT, "train.py")]
 DENSE = "cayley_levels="
-OURS = ("seed", "out_dir", "init_from", "dry_run")  # settings of train.py that this script gives
+OURS = ("seed", "out_dir", "init_from")  # settings of train.py that this script gives
 ALIKE = ("max_iters", "eval_interval", "batch_size", "gradient_accumulation_steps", "block_size",
          "data_dir")  # that only train_settings may give, for gaps at equal tokens
 
@@ -126,17 +127,24 @@ def launch(script, config, words, directory, threads):
         raise ValueError(f"{directory}: {reason}")
 
 
+def check_setting(name, config, words):
+    """Raise ValueError, with the setting's name, where train.py would refuse to begin its run."""
+    try:
+        account.check_run([config, *(f"--{word}" for word in words)])
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
 def compare(settings, config, common, out_dir, seeds=1, jobs=1, script=TRAIN):
     """
-    Train every setting with every seed, all on the same batches, after a dry run of each setting.
+    Train every setting with every seed, all on the same batches.
 
     settings: {name: "key=value key=value"}; common: a list of key=value for all of them; script:
-    see launch. Returns {name: [curve per seed]}, a curve being rows (tokens, val_loss). Raises
-    ValueError for impossible arguments, for a directory in out_dir that holds a run with other
-    settings, and if a run fails.
+    see launch. Settings of train.py itself are all checked before the first training; another
+    script's arguments are its own to check. Returns {name: [curve per seed]}, a curve being rows
+    (tokens, val_loss). Raises ValueError for impossible arguments, for a directory in out_dir that
+    holds a run with other settings, and if a run fails.
     """
-    if seeds < 1 or jobs < 1:
-        raise ValueError(f"seeds={seeds} and jobs={jobs} must be at least 1")
     if not os.path.isfile(config):
         raise ValueError(f"{config}: no such config")
     check_words(common)
@@ -144,30 +152,25 @@ def compare(settings, config, common, out_dir, seeds=1, jobs=1, script=TRAIN):
         check_words(text.split(), ALIKE)
     if len({run_directory(out_dir, name, 0) for name in settings}) < len(settings):
         raise ValueError(f"two of {list(settings)} would share a directory: choose other names")
+    if script == TRAIN:
+        for name, text in settings.items():
+            check_setting(name, config, [*common, *text.split()])
     work = [(name, seed) for seed in range(seeds) for name in settings]
     for name, seed in work:
         text = " ".join([config, *common, settings[name]])
         claim(run_directory(out_dir, name, seed), text)
     threads = max(1, os.cpu_count() // jobs)
 
-    def words_of(name, seed):
-        return [*common, *settings[name].split(), f"seed={1337 + seed}"]
-
-    def try_one(name):
-        directory = run_directory(out_dir, name, 0)
-        if not can_resume(directory):
-            launch(script, config, [*words_of(name, 0), "dry_run=True"], directory, threads)
-
     def run_one(item):
-        directory = run_directory(out_dir, *item)
+        name, seed = item
+        directory = run_directory(out_dir, name, seed)
         init_from = "resume" if can_resume(directory) else "scratch"
-        words = [*words_of(*item), f"init_from={init_from}"]
+        words = [*common, *settings[name].split(), f"seed={1337 + seed}", f"init_from={init_from}"]
         launch(script, config, words, directory, threads)
         return read_curve(directory)
 
     curves = {name: [] for name in settings}
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(try_one, settings))  # a list, which raises what one of them raised
         finished = tqdm(pool.map(run_one, work), total=len(work), unit="run")
         for (name, _), curve in zip(work, finished):
             curves[name].append(curve)
@@ -288,7 +291,7 @@ def report(curves, out_dir):
 
 
 def main():
-    configure(globals())
+    configure(globals(), at_least={"seeds": 1, "jobs": 1})
     settings = parse_variants(variant)
     report(compare(settings, config, train_settings, out_dir, seeds, jobs), out_dir)
 
