@@ -35,22 +35,6 @@ compare = False  # show the text without steer and ablate first
 use_cache = True  # keys and values of earlier tokens; the text is the same without
 
 
-def check_settings():
-    """Raise ValueError for a setting that makes no sense, before anything is loaded."""
-    for key in ("temperature", "top_k", "max_new_tokens"):
-        if globals()[key] < 0:
-            raise ValueError(f"{key}={globals()[key]}: must not be negative")
-    if temperature and not 1e-3 <= temperature <= 1e3:  # beyond, a softmax of floats has no meaning
-        raise ValueError(f"temperature={temperature}: must be 0, or from 0.001 to 1000")
-    if num_samples < 1:
-        raise ValueError(f"num_samples={num_samples}: must be at least 1")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed={seed}: must be from 0 to 2^63 - 1")
-    if any("=" not in text for text in steer) or any("=" in text for text in ablate):
-        raise ValueError("--steer takes layer.level.feature=+8 and --ablate layer.level.feature, "
-                         f"not {steer + ablate}")
-
-
 def parse_edit(text, saes):
     """
     "layer.level.feature", to steer with "=+8", "=-8" or "=8" behind -> layer, Edit of its codes.
@@ -96,8 +80,17 @@ def sample(model, encoding, prompt, ids):
 
 
 def main():
-    configure(globals())
-    check_settings()
+    configure(
+        globals(),
+        at_least=dict(temperature=0, top_k=0, max_new_tokens=0, num_samples=1, seed=0),
+        at_most=dict(temperature=1000),
+        below=dict(seed=2**63),
+    )
+    if 0 < temperature < 1e-3:  # a softmax of such logits has no meaning
+        raise ValueError(f"temperature={temperature}: must be 0, or from 0.001 to 1000")
+    if any("=" not in text for text in steer) or any("=" in text for text in ablate):
+        raise ValueError("--steer takes layer.level.feature=+8 and --ablate layer.level.feature, "
+                         f"not {steer + ablate}")
     target = pick_device(device)
     prompt = read_text(start[5:]) if start.startswith("FILE:") else start
     model, config = load_model(ckpt, target)

@@ -80,7 +80,7 @@ parity_iters = 895  # of its warmdown
 device = "auto"  # "cuda", "cuda:1", "cpu", "mps"; auto: CUDA where there is one
 dtype = "auto"  # "bfloat16" (autocast) or "float32"; auto: bfloat16 on CUDA, float32 elsewhere
 torch_compile = True
-kernels = "auto"  # of the layer on CUDA: "torch", "triton"; auto: Triton's where it agrees
+kernels = "auto"  # of the layer on CUDA: Triton's, where they agree with PyTorch's on a batch
 
 config = configure(
     globals(),
@@ -88,7 +88,7 @@ config = configure(
         init_from=("scratch", "resume"),
         lr_schedule=("linear_warmdown", "cosine", "constant", "parity"),
         dtype=("auto", "bfloat16", "float32"),
-        kernels=("auto", "torch", "triton"),
+        kernels=("auto", "torch"),
     ),
     at_least=dict(
         eval_interval=1, eval_iters=1, log_interval=1, batch_size=1, gradient_accumulation_steps=1,
@@ -113,8 +113,8 @@ if wandb_log and not importlib.util.find_spec("wandb"):
 # -----------------------------------------------------------------------------
 # ranks, and the signals that stop a run
 
-master = rank == 0
 device = pick_device(device)
+master = rank == 0
 if device.type == "cuda":
     torch.cuda.set_device(device)
 if "RANK" in os.environ:  # torchrun's
@@ -194,11 +194,32 @@ raw_model.to(device)
 saes = raw_model.saes()
 use_bf16 = dtype == "bfloat16" or dtype == "auto" and device.type == "cuda"
 autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=use_bf16)
+if torch_compile:
+    try:  # on a trifle: without a compiler this fails here and not after the first evaluation
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"torch.compile doesn't work here ({reason}): --torch_compile=False does "
+                         "without") from None
 model = torch.compile(raw_model) if torch_compile else raw_model
 if world_size > 1:
     # update_stats keeps the SAEs' buffers equal on all ranks
-    model = DistributedDataParallel(model, gradient_as_bucket_view=True, forward_sync_buffers=False)
+    sync_buffers = "forward_sync_buffers" if torch.__version__ >= "2.13" else "broadcast_buffers"
+    options = {"gradient_as_bucket_view": True, sync_buffers: False}
+    model = DistributedDataParallel(model, **options)
 optimizer = MuonAdamW(raw_model, muon_lr, adamw_lr, momentum, (beta1, beta2), weight_decay)
+
+if kernels == "auto" and saes and device.type == "cuda" and importlib.util.find_spec("triton"):
+    import cayley_triton
+    idx, _ = next(micro_batches(0))
+    with torch.no_grad(), autocast, raw_model.recording() as records:
+        raw_model.eval()(idx)
+    raw_model.train()
+    fault = cayley_triton.find_fault(saes[0], records[0][0].x)
+    if all_ranks(torch.tensor(float(fault != ""), device=device)):
+        cayley_triton.enabled(False)
+        say(f"WARNING, rank {rank}: Triton's kernels don't agree with PyTorch's on a batch "
+            f"({fault or 'on another rank'}), and PyTorch's are used", file=sys.stderr)
 
 state = {  # where the run stands, beside weights and optimizer: saved and restored as a whole
     "iter": 0,  # iterations done
@@ -218,27 +239,23 @@ def last_iter():
 
 def get_lr(it, lr, min_lr, parity_start=-1):
     """Learning rate at an iteration, from lr down to min_lr at the last one."""
-    # 1) linear warmup from 0
     if it < warmup_iters:
         return lr * it / warmup_iters
-    # 2) flat until the decay begins
-    decay_end = max_iters
-    decay_start = {
-        "linear_warmdown": (1 - warmdown_frac) * max_iters,
-        "cosine": warmup_iters,
-        "constant": max_iters,
-        "parity": parity_start if parity_start >= 0 else max_iters,
-    }[lr_schedule]
+    decay = {  # from where to where
+        "linear_warmdown": ((1 - warmdown_frac) * max_iters, max_iters),
+        "cosine": (warmup_iters, max_iters),
+        "constant": (max_iters, max_iters),
+        "parity": (max_iters, max_iters),
+    }
+    start, end = decay[lr_schedule]
     if parity_start >= 0:
-        decay_end = parity_start + parity_iters
-    if it <= decay_start:
+        start, end = parity_start, parity_start + parity_iters
+    if it <= start:
         return lr
-    # 3) decay
-    progress = min(1.0, (it - decay_start) / (decay_end - decay_start))
+    progress = min(1.0, (it - start) / (end - start))
+    share = 1 - progress
     if lr_schedule == "cosine":
         share = (1 + math.cos(math.pi * progress)) / 2
-    else:
-        share = 1 - progress
     return min_lr + (lr - min_lr) * share
 
 
@@ -283,18 +300,17 @@ def sae_health():
         return {}
     # the same windows on every rank: the numbers don't depend on how many there are
     idx, _ = to_device(val_windows.shuffled(0, min(batch_size, len(val_windows)), seed=0))
-    raw_model.eval()
+    shares = []
     with autocast, raw_model.recording() as records:
-        raw_model(idx)
-        decoded = [sae.decode(record.codes) for sae, (record,) in zip(saes, records)]
+        raw_model.eval()(idx)
+        for sae, (record,) in zip(saes, records):
+            code = sae.decode(record.codes)  # (B, T, d)
+            shares.append(explained(covariances(record.x.flatten(0, 1), code.flatten(0, 1))))
     raw_model.train()
     health = {}
     for level, where in enumerate(saes[0].level_slices):
         dead = sum((sae.active_counts[where] == 0).sum() for sae in saes)
         health[f"dead_{level}"] = dead.item()
-    shares = []
-    for (record,), code in zip(records, decoded):
-        shares.append(explained(covariances(record.x.flatten(0, 1), code.flatten(0, 1))))
     health["explained"] = torch.stack(shares).mean().item()
     for sae in saes:
         sae.active_counts.zero_()

@@ -1,9 +1,9 @@
-# A small model on Python's own sources and documentation, bytes as tokens: minutes on a CPU.
+# A small model on Python's own sources and documentation, bytes as tokens: minutes on a CPU. Data:
+# python prepare_fineweb.py --source=python --tokenizer=bytes --out_dir=data/python --val_tokens=2e5
 out_dir = "out/demo"
 data_dir = "data/python"
 eval_interval = 100
 eval_iters = 4
-log_interval = 10
 batch_size = 4
 gradient_accumulation_steps = 2  # so that 2 ranks can share an iteration
 block_size = 256

@@ -262,18 +262,15 @@ def train_settings(arguments):
     """
     train.py's globals with its arguments applied and checked, as it does both itself.
 
-    Importing train.py would train. So its source is run down to the statement that assigns config
-    and through the checks, statements with a raise, that stand directly below; get_lr is defined,
-    and the rest never runs. Raises ValueError as train.py does.
+    Importing train.py would train. So its source is run down to the statement that picks the
+    device, which stands below settings and their checks; get_lr is defined, and the rest never
+    runs. Raises ValueError as train.py does.
     """
     path = os.path.join(ROOT, "train.py")
     with open(path, encoding="utf-8") as file:
         statements = ast.parse(file.read(), path).body
     end = 0
-    while not ast.unparse(statements[end]).startswith("config = "):
-        end += 1
-    end += 1
-    while any(isinstance(node, ast.Raise) for node in ast.walk(statements[end])):
+    while ast.unparse(statements[end]) != "device = pick_device(device)":
         end += 1
     get_lr = [s for s in statements[end:] if getattr(s, "name", "") == "get_lr"]
     program = ast.Module(statements[:end] + get_lr, type_ignores=[])
