@@ -18,13 +18,13 @@ test: .venv/tested
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist worksteal  # two tests at a time
 
 dryrun: .venv/installed
-	.venv/bin/python train.py configs/cayley_small_2L.py --dry_run
+	.venv/bin/python -m tools.account configs/cayley_small_2L.py
 
 reference:
 	$(PYTHON) prepare_fineweb.py
 	torchrun --nproc_per_node=$(GPUS) train.py configs/cayley_small_2L.py \
 	    --init_from=$(call RESUME,cayley_small_2L)
-	$(PYTHON) evals.py --ckpt=out/cayley_small_2L --hellaswag=hub --lambada=hub --ppl=hub
+	$(PYTHON) -m tools.evals --ckpt=out/cayley_small_2L --hellaswag=hub --lambada=hub --ppl=hub
 	$(PYTHON) sample.py --ckpt=out/cayley_small_2L --start="The reason is"
 
 .venv/installed: requirements.txt tests/constraints.txt

@@ -129,7 +129,7 @@ class CausalSelfAttention(nn.Module):
         mask = None
         if 1 < T < n_keys:  # new tokens after cached ones: is_causal would align the wrong corner
             mask = torch.ones(T, n_keys, dtype=torch.bool, device=x.device).tril(n_keys - T)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == n_keys)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=bool(T == n_keys))
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 

@@ -51,7 +51,8 @@ class Muon(torch.optim.Optimizer):
     batch. In a process group each rank keeps the momentum of, and orthogonalizes, its share of
     every batch, and the updates are gathered; gradients must already be the same on all ranks. So
     state_dict() and load_state_dict() are collective: call them on every rank. The state holds one
-    momentum per parameter and loads at any world size.
+    momentum per parameter and loads at any world size. Parameters without a gradient stay as they
+    are.
     """
 
     def __init__(
@@ -101,6 +102,11 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
+        """One update -> what closure returns, which computes loss and gradients anew, or None."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         group = self.param_groups[0]
         updates = []
         # gathering one batch overlaps with orthogonalizing the next
@@ -109,7 +115,10 @@ class Muon(torch.optim.Optimizer):
             share = self._share(matrices)
             update = momentum.to(self.dtype)
             if share:
-                gradient = torch.stack([p.grad[rows] for p, rows in share]).to(momentum.dtype)
+                gradients = []
+                for m, (p, rows) in zip(momentum, share):
+                    gradients.append(m if p.grad is None else p.grad[rows])  # m moves m nowhere
+                gradient = torch.stack(gradients).to(momentum.dtype)
                 momentum.lerp_(gradient, 1 - group["momentum"])
                 nesterov = gradient.lerp_(momentum, group["momentum"])
                 update = orthogonalize(nesterov, self.coefficients, self.dtype)
@@ -121,7 +130,8 @@ class Muon(torch.optim.Optimizer):
             scale = group["lr"] * max(1, rows / cols) ** 0.5
             decay = 1 - group["lr"] * group["weight_decay"]
             for (p, where), u in zip(matrices, update):
-                p[where].mul_(decay).add_(u, alpha=-scale)
+                if p.grad is not None:
+                    p[where].mul_(decay).add_(u, alpha=-scale)
 
     def state_dict(self):
         full = {p: torch.zeros_like(p) for p in self.param_groups[0]["params"]}

@@ -247,6 +247,28 @@ def test_each_rank_loads_its_own_share(monkeypatch):
         assert optimizer.momentum[8, 4][:, 0, 0].tolist() == expected
 
 
+def test_muon_calls_its_closure_and_passes_over_what_has_no_gradient():
+    torch.manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(8, 4)) for _ in range(3)]
+    alone = torch.nn.Parameter(weights[0].detach().clone())
+    optimizer = Muon(weights, lr=0.1, weight_decay=0.1)
+    of_alone = Muon([alone], lr=0.1, weight_decay=0.1)
+    before = weights[1].detach().clone()
+
+    def closure_of(optimizer, p):
+        def closure():
+            optimizer.zero_grad()
+            loss = p.square().sum()
+            loss.backward()
+            return loss
+        return closure
+    for _ in range(3):
+        expected = of_alone.step(closure_of(of_alone, alone))
+        assert optimizer.step(closure_of(optimizer, weights[0])) == expected
+    assert torch.equal(weights[1], before)
+    torch.testing.assert_close(weights[0], alone)
+
+
 # -----------------------------------------------------------------------------
 # the schedule
 
