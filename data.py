@@ -1,20 +1,27 @@
 """
 Reading token bins: tokenizers, meta.json, and windows of tokens in their training order.
 
-prepare_fineweb.py writes what this file reads. How every script writes a file, locks a directory
-and reads a text is here too.
+prepare_fineweb.py writes what this file reads. How every script writes a file, locks a directory,
+reads a text and shows how far it is stands here too.
 """
 import codecs
 import contextlib
-import fcntl
 import hashlib
+import itertools
 import json
 import os
+import re
 import shutil
 import sys
 
 import numpy as np
 import tiktoken
+from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:
+    raise SystemExit("Linux and macOS are supported (on Windows: WSL)") from None
 
 # -----------------------------------------------------------------------------
 # files that are whole or not there, directories that belong to one process
@@ -28,9 +35,8 @@ def atomic(path, mode="w"):
     leaves path.tmp behind, which the next write replaces.
     """
     partial = f"{path}.tmp"
-    text_options = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     try:
-        with open(partial, mode, **text_options) as file:
+        with open(partial, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -71,18 +77,16 @@ def new_directory(path):
         raise ValueError(f"{path} is there already: choose another --out_dir, or remove it")
     partial = path.rstrip("/") + ".partial"
     mark = os.path.join(partial, ".unfinished")
-    if os.path.exists(partial) and os.listdir(partial) and not os.path.exists(mark):
-        raise ValueError(f"{partial} is in the way: choose another --out_dir, or remove it")
     with lock(partial):
-        for name in os.listdir(partial):
-            entry = os.path.join(partial, name)
-            if os.path.isdir(entry):
-                shutil.rmtree(entry)
-            elif entry != mark:
-                os.remove(entry)
+        if os.listdir(partial) and not os.path.exists(mark):
+            raise ValueError(f"{partial} is in the way: choose another --out_dir, or remove it")
         try:
-            with open(mark, "w"):
-                pass
+            open(mark, "w").close()
+            for entry in os.scandir(partial):
+                if entry.is_dir():
+                    shutil.rmtree(entry)
+                elif entry.path != mark:
+                    os.remove(entry)
             yield partial
             os.remove(mark)
             os.rename(partial, path)
@@ -118,6 +122,35 @@ def lock(directory):
 
 
 # -----------------------------------------------------------------------------
+# progress
+
+LOG_SECONDS = 30  # from one line to the next
+
+
+class LogLines(tqdm):
+    """tqdm for a log file: a plain line now and then, none for what is done sooner."""
+
+    def __init__(self, iterable=None, **options):
+        options |= dict(delay=LOG_SECONDS, mininterval=LOG_SECONDS, miniters=1, leave=False)
+        options["bar_format"] = "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
+        super().__init__(iterable, **options)
+
+    def display(self, msg=None, pos=None):
+        if msg is None:  # else it is the empty one with which tqdm clears its bar
+            print(str(self).strip(), file=sys.stderr, flush=True)
+
+
+def progress(iterable=None, **options):
+    """
+    iterable, or a context whose update(n) counts, with tqdm's bar; in a log with lines instead.
+
+    options: tqdm's desc, unit, total, initial, unit_scale, leave.
+    """
+    kind = tqdm if sys.stderr.isatty() else LogLines
+    return kind(iterable, **options)
+
+
+# -----------------------------------------------------------------------------
 # text files
 
 def read_lines(path, on_error=None):
@@ -137,10 +170,8 @@ def read_lines(path, on_error=None):
                 byte = f"byte {error.start} is 0x{line[error.start]:02x}"
                 message = f"{path}, line {number}: invalid UTF-8 ({byte})"
                 if on_error != "replace":
-                    fix = "convert the file to UTF-8"
-                    if on_error:
-                        fix += " (or --on_error=replace)"
-                    raise ValueError(f"{message}: {fix}") from None
+                    choice = " (or --on_error=replace)" if on_error else ""
+                    raise ValueError(f"{message}: convert the file to UTF-8{choice}") from None
                 print(f"{message}, replaced", file=sys.stderr)
                 yield line.decode(errors="replace")
 
@@ -156,35 +187,30 @@ def read_json_lines(path, on_error=None, start=0):
 
     Raises ValueError naming a line that is not JSON, or not UTF-8 as in read_lines.
     """
-    value = 0
-    for number, line in enumerate(read_lines(path, on_error), 1):
-        if not line.strip():
-            continue
-        if value >= start:
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                raise ValueError(f"{path}, line {number}: not JSON") from None
-            yield row
-        value += 1
+    lines = enumerate(read_lines(path, on_error), 1)
+    filled = ((number, line) for number, line in lines if line.strip())
+    for number, line in itertools.islice(filled, start, None):
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            raise ValueError(f"{path}, line {number}: not JSON") from None
+        yield value
 
 
 # -----------------------------------------------------------------------------
 # tokenizers and meta.json
 
-def check_tokenizer(name, where=""):
-    """Raise ValueError, beginning with where, unless get_tokenizer knows the name."""
-    if name not in ("gpt2", "bytes"):
-        raise ValueError(f"{where}tokenizer={name!r}: must be 'gpt2' or 'bytes'")
+TOKENIZERS = ("gpt2", "bytes")
+SPACE = r"[^\S\x1c-\x1f]"  # tiktoken's \s: Python's has four control characters more
+LONG_SPACES = re.compile(rf"(?<!{SPACE}){SPACE}{{100000,}}+(?!\Z)")
 
 
 def get_tokenizer(name):
     """
-    The tiktoken Encoding called "gpt2" or "bytes" (256 bytes and end of text).
+    The tiktoken Encoding of one of TOKENIZERS; "bytes" has 256 bytes and end of text.
 
-    Raises ValueError for another name or if its files can't be had.
+    Raises ValueError if its files can't be had.
     """
-    check_tokenizer(name)
     if name == "bytes":
         return tiktoken.Encoding(
             "bytes",
@@ -194,12 +220,28 @@ def get_tokenizer(name):
             explicit_n_vocab=257,
         )
     try:
-        return tiktoken.get_encoding("gpt2")
+        return tiktoken.get_encoding(name)
     except Exception as error:  # tiktoken downloads it: no network, no cache, a damaged file
         raise ValueError(
-            f"tokenizer 'gpt2' can't be loaded ({type(error).__name__}): connect once, or set "
+            f"tokenizer {name!r} can't be loaded ({type(error).__name__}): connect once, or set "
             "TIKTOKEN_CACHE_DIR to a directory that has its files"
         ) from None
+
+
+def encode(encoding, text):
+    """
+    The ids of a text, a list: as encoding.encode_ordinary, but for whitespace of any length.
+
+    "<|endoftext|>" in it is text, a lone surrogate U+FFFD. GPT-2's regex takes whitespace before a
+    word apart from its last character, which tiktoken finds by going back, and no further than
+    999,998 characters (then a Rust panic). Cut there before, both parts have the same tokens.
+    """
+    ids = []
+    start = 0
+    for spaces in LONG_SPACES.finditer(text):
+        ids += encoding.encode_ordinary(text[start:spaces.end() - 1])
+        start = spaces.end() - 1
+    return ids + encoding.encode_ordinary(text[start:])
 
 
 def read_meta(data_dir):
@@ -213,21 +255,30 @@ def read_meta(data_dir):
         with open(path, encoding="utf-8") as file:
             meta = json.load(file)
     except FileNotFoundError:
-        fix = f"prepare the data with prepare_fineweb.py --out_dir={data_dir}"
-        raise ValueError(f"{path} is missing: {fix}") from None
+        raise ValueError(f"{os.path.abspath(path)} is missing: prepare the data with "
+                         f"{_prepare_command(data_dir)}") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} can't be read: {error}") from None
     kinds = {"tokenizer": str, "vocab_size": int, "dtype": str, "complete": bool, "shards": list}
-    check_fields(path, meta, kinds)
+    _check_fields(path, meta, kinds)
     for number, shard in enumerate(meta["shards"]):
-        check_fields(f"{path}, shard {number}", shard, {"file": str, "split": str, "tokens": int})
-    check_tokenizer(meta["tokenizer"], f"{path}: ")
+        _check_fields(f"{path}, shard {number}", shard, {"file": str, "split": str, "tokens": int})
+    if meta["tokenizer"] not in TOKENIZERS:
+        raise ValueError(f"{path}: tokenizer={meta['tokenizer']!r}: must be 'gpt2' or 'bytes'")
     if meta["dtype"] != "uint16":
         raise ValueError(f"{path}: dtype is {meta['dtype']!r}, only 'uint16' bins can be read")
     return meta
 
 
-def check_fields(name, value, kinds):
+def _prepare_command(data_dir):
+    """What fills a directory: the Makefile's command for the demo's, else as much as is known."""
+    command = f"python prepare_fineweb.py --out_dir={data_dir}"
+    if os.path.abspath(data_dir).endswith(os.path.join("data", "python")):
+        return f"{command} --source=python --tokenizer=bytes --val_tokens=200_000"
+    return f"{command} and your --source and --tokenizer (by default 50 GB of FineWeb-Edu)"
+
+
+def _check_fields(name, value, kinds):
     """Raise ValueError unless value is a dict with keys of certain types."""
     if not isinstance(value, dict):
         raise ValueError(f"{name}: {str(value)[:40]} is not what prepare_fineweb.py writes")
@@ -293,18 +344,17 @@ class Windows:
     """
 
     def __init__(self, data_dir, split, block_size):
-        self.block_size = block_size
-        self.files = []
-        self.paths = []
-        self.checksums = []
         directories = data_dir.split(",")
         if "" in directories:
             raise ValueError(f"data_dir={data_dir!r}: there must be a directory on each side of a "
                              "comma")
-        self.meta = read_meta(directories[0])
-        counts = []
-        for directory in directories:
-            meta = read_meta(directory)
+        self.block_size = block_size
+        self.paths = []
+        self.checksums = []
+        counts = []  # windows of each shard
+        metas = [read_meta(directory) for directory in directories]
+        self.meta = metas[0]
+        for directory, meta in zip(directories, metas):
             if not meta["complete"]:
                 raise ValueError(f"{directory} is not whole: run its prepare_fineweb.py command "
                                  "again, which goes on (and ends at a lower --tokens)")
@@ -313,18 +363,14 @@ class Windows:
                                  f"{directories[0]} {self.meta['tokenizer']!r}")
             for shard in meta["shards"]:
                 if shard["split"] == split:
-                    self._open(directory, shard)
+                    self.paths.append(check_shard(directory, shard))
+                    self.checksums.append(shard.get("sha256") or "")
                     counts.append((shard["tokens"] - 1) // block_size)
-        self.ends = np.cumsum(counts)  # number of the first window after each shard
-        if not counts or not self.ends[-1]:
+        if not sum(counts):
             raise ValueError(f"{data_dir}: no {split} shard has a window of block_size + 1 = "
                              f"{block_size + 1} tokens")
-
-    def _open(self, directory, shard):
-        path = check_shard(directory, shard)
-        self.files.append(os.open(path, os.O_RDONLY))
-        self.paths.append(path)
-        self.checksums.append(shard.get("sha256") or "")
+        self.ends = np.cumsum(counts)  # number of the first window after each shard
+        self.files = [os.open(path, os.O_RDONLY) for path in self.paths]
 
     @property
     def fingerprint(self):
@@ -350,9 +396,10 @@ class Windows:
             row = os.pread(self.files[shard], n_bytes, 2 * self.block_size * in_shard)
             row = np.frombuffer(row, dtype=np.uint16)
             if len(row) != self.block_size + 1 or row.max() >= self.meta["vocab_size"]:
-                fix = f"prepare_fineweb.py --verify={os.path.dirname(self.paths[shard])} tells more"
-                raise ValueError(f"{self.paths[shard]} is damaged: window {in_shard} is short or "
-                                 f"has an id beyond vocab_size={self.meta['vocab_size']}; {fix}")
+                path = self.paths[shard]
+                raise ValueError(f"{path} is damaged: window {in_shard} is short or has an id "
+                                 f"beyond vocab_size={self.meta['vocab_size']}; prepare_fineweb.py "
+                                 f"--verify={os.path.dirname(path)} tells more")
             rows.append(row)
         return np.stack(rows).astype(np.int64)
 

@@ -3,22 +3,25 @@ Turns text into token bins: uint16 files without a header, as nanoGPT's, beside 
 
     python prepare_fineweb.py                        # 25B tokens of FineWeb-Edu, 50 GB, GPT-2 BPE
     python prepare_fineweb.py --source='my/*.jsonl' --out_dir=data/my
+    python prepare_fineweb.py --source='lib/**/*.py' --tokenizer=bytes --out_dir=data/code
     python prepare_fineweb.py --source=python --tokenizer=bytes --out_dir=data/python   # offline
     python prepare_fineweb.py --shard=0/4 --out_dir=data/part0  # this machine's quarter, see README
     python prepare_fineweb.py --verify=data/fineweb_edu         # check every shard's checksum
 
-Every document is one <|endoftext|> and its tokens. The first val_tokens are val_000000.bin, the
-rest train_*.bin in shards of shard_tokens. Stopped at any moment, the same command goes on after
-the last whole shard: meta.json has its place, as parquet file, row group, row and token.
-FineWeb-Edu is read file by file (2 GB each); the next is fetched while one is tokenised, and each
-is removed when done. data.py reads what this file writes.
+A row of a .jsonl or .parquet file is a document, its field "text"; any other file is one document.
+Each becomes one <|endoftext|> and its tokens. The first val_tokens of the source are
+val_000000.bin, the rest train_*.bin in shards of shard_tokens. Unless val_tokens is given it is at
+most the first 1% of the source: of a single book that is its beginning.
+
+Stopped at any moment, the same command goes on after the last whole shard: meta.json has its
+place, as file, row group, row and token. FineWeb-Edu is read file by file (2 GB each); the next is
+fetched while one is tokenised, and each is removed when done. data.py reads what this file writes.
 """
 import collections
 import contextlib
 import functools
 import glob
 import hashlib
-import importlib
 import itertools
 import os
 import shutil
@@ -29,40 +32,38 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from configurator import configure
 from data import (
+    TOKENIZERS,
     atomic,
-    check_fields,
     check_shard,
+    encode,
     get_tokenizer,
     lock,
+    progress,
     read_json_lines,
-    read_lines,
     read_meta,
     read_text,
     write_json,
 )
 
 # settings, see configurator.py
-source = "fineweb-edu"  # or files and globs of .txt, .jsonl, .parquet, with commas; or "python"
+source = "fineweb-edu"  # or paths and globs with commas: .jsonl, .parquet, text; or "python"
 out_dir = "data/fineweb_edu"  # directory of the bins: train.py's data_dir
 tokenizer = "gpt2"  # or "bytes": 256 bytes and end of text, no download
 tokens = 25_000_000_000  # stop after this many, val included
 val_tokens = 10_000_000  # by default not over 1% of the source; 0: none, as on a second machine
 shard_tokens = 100_000_000
-skip = 0  # documents to leave out at the start
-shard = "0/1"  # i/n: the i-th of n consecutive parts: of FineWeb-Edu's files, or of the documents
-on_error = "refuse"  # invalid UTF-8 in .txt and .jsonl; or "replace" by U+FFFD; both name the line
+shard = "0/1"  # i/n: the i-th of n consecutive parts of FineWeb-Edu's files
+on_error = "refuse"  # invalid UTF-8 in text and .jsonl; or "replace" by U+FFFD; both name the line
 workers = 0  # tokenizer threads; 0: one per core
 verify = ""  # a directory to check instead
 
 DEFAULT_VAL_TOKENS = val_tokens
 WAITS = (1, 10, 60, 300)  # seconds before each new attempt at what a network or a disk refused
-MISTAKES = (  # bad input, and ours: another attempt would meet them again
-    ValueError, TypeError, AttributeError, NameError, LookupError, ImportError, AssertionError
-)
+# bad input, and ours: another attempt would meet them again
+MISTAKES = (ValueError, TypeError, AttributeError, NameError, LookupError)
 DATA_SET = "HuggingFaceFW/fineweb-edu"
 BYTES_PER_TOKEN = {"gpt2": 4, "bytes": 1}  # roughly, for the default val split and the progress bar
 
@@ -99,17 +100,15 @@ class Downloads:
         self.directory = directory
         self.prefetch = None  # the thread that fetches the next file
 
-    def path(self, file):
+    def fetch(self, file):
         """Path of a file, fetched unless it's there. Raises OSError if its size has changed."""
         path = os.path.join(self.directory, file)
         expected = self.files[file]
-        if os.path.exists(path) and os.path.getsize(path) == expected:
-            return path
-        self.remove(file)
-        hub_fetch(file, self.commit, self.directory)
+        if not os.path.exists(path) or os.path.getsize(path) != expected:
+            self.remove(file)
+            hub_fetch(file, self.commit, self.directory)
         size = os.path.getsize(path)
         if size != expected:
-            self.remove(file)
             raise OSError(f"it has {size} bytes, and {expected} when it was listed")
         return path
 
@@ -118,24 +117,21 @@ class Downloads:
         with contextlib.suppress(FileNotFoundError):
             os.remove(os.path.join(self.directory, file))
 
-    def start_prefetch(self, file):
-        """Begin to fetch a file; path finds it. The thread doesn't keep the process alive."""
-
-        def fetch():
-            with contextlib.suppress(Exception):  # it fails again in its turn, and is told then
-                self.path(file)
-
-        self.prefetch = threading.Thread(target=fetch, daemon=True)
-        self.prefetch.start()
+    def fetch_ahead(self, file):
+        """fetch; what fails is told when it fails again in its turn."""
+        with contextlib.suppress(Exception):
+            self.fetch(file)
 
     def rows(self, file, row_group, start):
         """file_rows of a file of the hub. One that turns out damaged is removed from the disk."""
         if self.prefetch:
             self.prefetch.join()
-        path = self.path(file)
+        path = self.fetch(file)
         names = list(self.files)
-        if file != names[-1]:
-            self.start_prefetch(names[names.index(file) + 1])
+        following = names[names.index(file) + 1:][:1]
+        if following:  # a daemon doesn't keep the process alive
+            self.prefetch = threading.Thread(target=self.fetch_ahead, args=following, daemon=True)
+            self.prefetch.start()
         try:
             yield from file_rows(path, row_group, start)
         except OSError:
@@ -190,20 +186,22 @@ class Place(NamedTuple):
     row: int
 
 
-def list_files(part, parts):
+def list_files():
     """
-    The commit of the source ("" but of the hub) and {file: bytes} of a part, in their order.
+    The commit of the source ("" but of the hub) and {file: bytes} of this shard, in their order.
 
     Raises ValueError for files that aren't there, or a hub that doesn't answer.
     """
-    if source == "python":
-        return "", {"python": 0}
+    part, parts = parse_shard(shard)
     if source != "fineweb-edu":
-        return "", {path: os.path.getsize(path) for path in source_files(source)}
+        if parts > 1:
+            raise ValueError(f"shard={shard!r}: only FineWeb-Edu is read in parts, of whole files; "
+                             "choose this machine's files by --source")
+        if source == "python":
+            return "", {"python": 0}
+        return "", {path: os.path.getsize(path) for path in source_files()}
     try:
         commit, files = hub_files()
-    except MISTAKES:
-        raise
     except Exception as error:  # whatever a network or a hub raises
         raise ValueError("FineWeb-Edu's files can't be listed on the hub "
                          f"({in_one_line(error)})") from None
@@ -214,21 +212,28 @@ def list_files(part, parts):
     return commit, {name: files[name] for name in names}
 
 
-def source_files(source):
-    """
-    The files that a comma-separated list of paths and globs names, in order.
+def parse_shard(text):
+    """"i/n" -> (i, n). Raises ValueError unless 0 <= i < n."""
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
+        raise ValueError(f"shard={text!r}: must be i/n with 0 <= i < n, as in 0/4")
+    return int(part), int(parts)
 
-    Raises ValueError for one that isn't there, or of another kind, or .parquet without "text".
+
+def source_files():
+    """
+    The files that source names by paths and globs, each pattern's in alphabetical order.
+
+    Raises ValueError for one that isn't there, or .parquet without "text".
     """
     paths = []
     for pattern in source.split(","):
-        paths += sorted(glob.glob(pattern)) or [pattern]
+        found = sorted(glob.glob(pattern, recursive=True))
+        paths += [path for path in found if os.path.isfile(path)] or [pattern]
     for path in paths:
-        if not path.endswith((".txt", ".jsonl", ".parquet")):
-            raise ValueError(f"source {path!r}: must be 'fineweb-edu', 'python' or files .txt, "
-                             ".jsonl, .parquet")
         if not os.path.isfile(path):
-            raise ValueError(f"source {path!r}: no such file")
+            raise ValueError(f"source {path!r}: no such file; must be 'fineweb-edu', 'python', or "
+                             "paths and globs of .jsonl, .parquet and text files")
         if path.endswith(".parquet"):
             open_parquet(path)
     return paths
@@ -255,19 +260,19 @@ def file_rows(path, row_group=0, row=0):
     """
     Yield (row group, row in it, text) of a file, from a row on, which is counted from row_group.
 
-    A .txt file is one row; a .jsonl has one a line and a .parquet one a row, their field "text".
-    "python" is Python's own text.
+    A .jsonl file has one a line and a .parquet one a row, their field "text"; any other file is
+    one row of text. "python" is Python's own text.
     """
     if path.endswith(".parquet"):
         yield from parquet_rows(path, row_group, row)
         return
     if path == "python":
         texts = itertools.islice(python_documents(), row, None)
-    elif path.endswith(".txt"):
-        texts = [read_text(path, on_error)][row:]
-    else:
+    elif path.endswith(".jsonl"):
         values = read_json_lines(path, on_error, row)
         texts = (value.get("text") if isinstance(value, dict) else None for value in values)
+    else:
+        texts = [read_text(path, on_error)]
     for number, text in enumerate(texts, row):
         yield 0, number, text
 
@@ -276,17 +281,15 @@ def parquet_rows(path, row_group, row):
     """file_rows of a .parquet file. Raises OSError if it is damaged."""
     import pyarrow
     file = open_parquet(path)
-    while row_group < file.num_row_groups and row >= file.metadata.row_group(row_group).num_rows:
-        row -= file.metadata.row_group(row_group).num_rows
-        row_group += 1
     try:
         for group in range(row_group, file.num_row_groups):
-            batches = file.iter_batches(1024, row_groups=[group], columns=["text"])
-            columns = (batch["text"].to_pylist() for batch in batches)
-            texts = itertools.chain.from_iterable(columns)
-            for number, text in enumerate(itertools.islice(texts, row, None), row):
-                yield group, number, text
-            row = 0
+            n_rows = file.metadata.row_group(group).num_rows
+            if row < n_rows:
+                batches = file.iter_batches(1024, row_groups=[group], columns=["text"])
+                texts = itertools.chain.from_iterable(b["text"].to_pylist() for b in batches)
+                for number, text in enumerate(itertools.islice(texts, row, None), row):
+                    yield group, number, text
+            row = max(0, row - n_rows)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise OSError(f"{path} is damaged ({in_one_line(error)})") from None
 
@@ -306,32 +309,19 @@ def open_parquet(path):
 
 def python_documents():
     """Text that every Python ships: pydoc's topics and its library, in a fixed shuffled order."""
-    topics = importlib.import_module("pydoc_data.topics").topics
+    from pydoc_data.topics import topics
     library = os.path.dirname(os.__file__)
     files = [os.path.join(library, name) for name in os.listdir(library) if name.endswith(".py")]
     packages = ("asyncio collections concurrent email html http importlib json logging "
                 "multiprocessing unittest urllib xml")
     for package in packages.split():
         files += glob.glob(os.path.join(library, package, "**", "*.py"), recursive=True)
-    named = {f"topic {topic}": topic for topic in topics}
-    named |= {os.path.relpath(path, library): path for path in files}
-    for name in sorted(named, key=lambda name: hashlib.sha256(name.encode()).digest()):
-        if name.startswith("topic "):
-            yield topics[named[name]]
-        else:
-            with open(named[name], encoding="utf-8", errors="replace") as file:
-                yield file.read()
-
-
-def count_rows(path):
-    """Number of rows that file_rows yields."""
-    if path.endswith(".parquet"):
-        return open_parquet(path).metadata.num_rows
-    if path == "python":
-        return sum(1 for _ in python_documents())
-    if path.endswith(".txt"):
-        return 1
-    return sum(bool(line.strip()) for line in read_lines(path, on_error))
+    texts = {f"topic {name}": text for name, text in topics.items()}
+    for path in files:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            texts[os.path.relpath(path, library)] = file.read()
+    for name in sorted(texts, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        yield texts[name]
 
 
 def text_bytes(path):
@@ -341,19 +331,15 @@ def text_bytes(path):
     if not path.endswith(".parquet"):
         return os.path.getsize(path)
     metadata = open_parquet(path).metadata
-    total = 0
-    for group in range(metadata.num_row_groups):
-        for number in range(metadata.num_columns):
-            column = metadata.row_group(group).column(number)
-            if column.path_in_schema == "text":
-                total += column.total_uncompressed_size
-    return total
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    columns = [group.column(number) for group in groups for number in range(group.num_columns)]
+    return sum(c.total_uncompressed_size for c in columns if c.path_in_schema == "text")
 
 
 # -----------------------------------------------------------------------------
 # encoding
 
-def encode(text, encoding):
+def document_tokens(place, text, encoding):
     """
     uint16 array: end of text, then the text, in which a literal "<|endoftext|>" is not special.
 
@@ -362,21 +348,21 @@ def encode(text, encoding):
     if not isinstance(text, str) or not text:
         return np.empty(0, np.uint16)
     try:
-        ids = encoding.encode_to_numpy(text, disallowed_special=())
-    except UnicodeEncodeError:  # lone surrogates, from JSON escapes: encode_ordinary replaces them
-        ids = encoding.encode_ordinary(text)
-    return np.concatenate([[encoding.eot_token], ids]).astype(np.uint16)
+        text.encode()
+    except UnicodeEncodeError:  # an escape in JSON makes them
+        print(f"{place.file}, row {place.row + 1}: a lone surrogate, replaced", file=sys.stderr)
+    return np.array([encoding.eot_token, *encode(encoding, text)], np.uint16)
 
 
 def encoded(rows, encoding, workers):
     """
-    Yield (place, tokens as encode has them) of rows (place, text), in their order.
+    Yield (place, document_tokens) of rows (place, text), in their order.
 
     workers threads make them: the tokenizer releases the GIL.
     """
 
     def encode_batch(batch):
-        return [(place, encode(text, encoding)) for place, text in batch]
+        return [(place, document_tokens(place, text, encoding)) for place, text in batch]
 
     in_flight = collections.deque()
     with ThreadPoolExecutor(workers) as pool:
@@ -392,89 +378,66 @@ class TokenStream:
     """
     The tokens of documents one after the other.
 
-    arrays: iterator over (place, tokens). taken: tokens of the first document to leave out.
+    arrays: iterator over (place, tokens).
     place, taken: the document that was last taken from, and how many of its tokens.
     started, skipped: documents that were begun, and rows without tokens.
     """
 
-    def __init__(self, arrays, taken=0):
+    def __init__(self, arrays):
         self.arrays = arrays
         self.place = None
         self.taken = 0
         self.started = 0
         self.skipped = 0
-        self.leave_out = taken
         self.rest = np.empty(0, np.uint16)
+
+    def goes_on(self):
+        """Whether there are more tokens: opens the next document that has any."""
+        if len(self.rest):
+            return True
+        for place, tokens in self.arrays:
+            if len(tokens):
+                self.place, self.taken, self.rest = place, 0, tokens
+                self.started += 1
+                return True
+            self.skipped += 1
+        return False
 
     def take(self, n):
         """Yield the next n tokens as arrays, fewer if the documents end."""
-        while n and self._open_next():
+        while n and self.goes_on():
             piece, self.rest = self.rest[:n], self.rest[n:]
             n -= len(piece)
             self.taken += len(piece)
             yield piece
 
-    def _open_next(self):
-        """Open the next document that has tokens unless one is open -> False at the end."""
-        while not len(self.rest):
-            place, array = next(self.arrays, (None, None))
-            if place is None:
-                return False
-            if len(array):
-                self.started += self.leave_out == 0
-                self.place = place
-                self.taken = self.leave_out
-                self.rest = array[self.leave_out:]
-                self.leave_out = 0
-            else:
-                self.skipped += 1
-        return True
-
 
 # -----------------------------------------------------------------------------
 # shards
 
-def write_shard(path, pieces, bar):
-    """Write arrays to a file, atomically -> number of tokens, sha256. No file if there are none."""
-    first = next(pieces, None)
-    if first is None:
-        return 0, ""
-    n_tokens = 0
-    digest = hashlib.sha256()
-    with atomic(path, "wb") as file:
-        for piece in itertools.chain([first], pieces):
-            file.write(piece.tobytes())
-            digest.update(piece.tobytes())
-            n_tokens += len(piece)
-            bar.update(len(piece))
-    return n_tokens, digest.hexdigest()
-
-
-def parse_shard(text):
-    """"i/n" -> (i, n). Raises ValueError unless 0 <= i < n."""
-    part, _, parts = text.partition("/")
-    if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
-        raise ValueError(f"shard={text!r}: must be i/n with 0 <= i < n, as in 0/4")
-    return int(part), int(parts)
+def meta_path():
+    return os.path.join(out_dir, "meta.json")
 
 
 def open_meta(arguments):
     """
     The meta.json of out_dir, or None if no shard was written there.
 
-    Raises ValueError if out_dir was prepared with other arguments, or has bins of unknown origin.
+    Raises ValueError if out_dir was prepared with other arguments or from other files, or has bins
+    of unknown origin.
     """
-    if not os.path.exists(os.path.join(out_dir, "meta.json")):
-        if glob.glob(os.path.join(out_dir, "*.bin")):
+    if not os.path.exists(meta_path()):
+        if any(name.endswith(".bin") for name in os.listdir(out_dir)):
             raise ValueError(f"{out_dir} has .bin files but no meta.json: choose another --out_dir")
         return None
     meta = read_meta(out_dir)
     if not meta["shards"]:
         return None
-    if not meta["complete"] and "files" not in meta:
+    if not meta["complete"] and "cursor" not in meta["shards"][-1]:
         raise ValueError(f"{out_dir} was begun by an older prepare_fineweb.py, which left no place "
                          "to go on from: choose another --out_dir")
-    check_meta(meta)
+    for entry in meta["shards"]:
+        check_shard(out_dir, entry)
     before = meta["arguments"]
     if not meta["complete"]:
         if before.get("on_error") == "refuse":
@@ -485,33 +448,23 @@ def open_meta(arguments):
         if before.get(key) != value:
             raise ValueError(f"{out_dir} was prepared with {key}={before.get(key)!r}, not "
                              f"{value!r}: use that or another --out_dir")
+    if not meta["complete"] and source != "fineweb-edu":  # of a commit, Downloads sees the sizes
+        check_files(meta["files"])
     return meta
 
 
-def check_meta(meta):
-    """Raise ValueError unless a meta.json has what is needed to go on, and its shards are there."""
-    path = os.path.join(out_dir, "meta.json")
-    check_fields(path, meta, {"arguments": dict, "tokens": dict, "documents": dict})
-    for key in ("tokens", "documents"):
-        check_fields(f"{path}, {key}", meta[key], {"train": int, "val": int})
-    for shard in meta["shards"]:
-        check_shard(out_dir, shard)
-    if meta["complete"]:
-        return
-    check_fields(path, meta, {"files": dict, "skipped_documents": int})
-    name = f"{path}, its last shard"
-    check_fields(name, meta["shards"][-1], {"cursor": dict})
-    cursor = meta["shards"][-1]["cursor"]
-    kinds = {"file": str, "row_group": int, "row": int, "token": int}
-    check_fields(f"{name}'s cursor", cursor, kinds)
-    numbers = [cursor[key] for key in ("row_group", "row", "token")]
-    if cursor["file"] not in meta["files"] or min(numbers) < 0:
-        raise ValueError(f"{name}: its cursor {cursor} is no place in a file of this source")
+def check_files(before):
+    """Raise ValueError if the source's {file: bytes} aren't those that the shards are made of."""
+    _, files = list_files()
+    for name in {**before, **files}:
+        if before.get(name) != files.get(name):
+            raise ValueError(f"{name}: {before.get(name, 'no')} bytes when {out_dir} was begun, "
+                             f"{files.get(name, 'no')} now: choose another --out_dir")
 
 
-def new_meta(arguments, encoding, part, parts):
-    """The meta.json of a directory without shards, written there."""
-    commit, files = list_files(part, parts)
+def new_meta(arguments, encoding):
+    """A meta.json without shards, written; bins of a preparation that came to nothing go."""
+    commit, files = list_files()
     meta = {
         "tokenizer": tokenizer,
         "vocab_size": encoding.n_vocab,
@@ -526,90 +479,60 @@ def new_meta(arguments, encoding, part, parts):
         "complete": False,
         "shards": [],
     }
-    clear(meta)
-    return meta
-
-
-def clear(meta):
-    """Write a meta.json without shards, then remove those of a preparation that came to nothing."""
-    meta |= {"tokens": {"train": 0, "val": 0}, "documents": {"train": 0, "val": 0}, "shards": []}
-    meta["skipped_documents"] = 0
-    write_json(os.path.join(out_dir, "meta.json"), meta)
+    write_json(meta_path(), meta)
     for split in ("train", "val"):
         for path in glob.glob(os.path.join(glob.escape(out_dir), f"{split}_*.bin")):
             os.remove(path)
+    return meta
 
 
-def expected_tokens(files, parts):
+def expected_tokens(files):
     """About how many tokens there will be, at most the setting."""
     if source == "fineweb-edu":
         return tokens
-    return min(tokens, sum(map(text_bytes, files)) // BYTES_PER_TOKEN[tokenizer] // parts)
+    return min(tokens, sum(map(text_bytes, files)) // BYTES_PER_TOKEN[tokenizer])
 
 
-def check_files(meta):
-    """Raise ValueError if the local files of a source aren't those that the shards are made of."""
-    if source == "fineweb-edu":
-        return  # a commit of the hub doesn't change, and Downloads looks at the sizes
-    _, files = list_files(0, 1)
-    before = meta["files"]
-    for name in {**before, **files}:
-        if before.get(name) != files.get(name):
-            raise ValueError(f"{name}: {before.get(name, 'no')} bytes when {out_dir} was begun, "
-                             f"{files.get(name, 'no')} now: choose another --out_dir")
-
-
-def open_documents(meta, part, parts):
-    """
-    (Place, text) of the rows that are still to be written, and how many tokens of the first are.
-
-    After a restart the first row is that of the last token written.
-    """
-    files = meta["files"]
+def open_stream(meta, encoding):
+    """The TokenStream of what is still to be written."""
     open_rows = file_rows
-    first, end = 0, None  # rows of the part, among those of files
     if source == "fineweb-edu":
-        downloads = Downloads(files, meta["commit"], os.path.join(out_dir, "downloads"))
+        downloads = Downloads(meta["files"], meta["commit"], os.path.join(out_dir, "downloads"))
         open_rows = downloads.retried_rows
-    elif parts > 1:
-        total = sum(map(count_rows, files))
-        first, end = part * total // parts, (part + 1) * total // parts
-    first += skip
-    if not meta["shards"]:
-        return itertools.islice(documents(files, open_rows), first, end), 0
-    *place, taken = meta["shards"][-1]["cursor"].values()
-    rows = documents(files, open_rows, Place(*place))
-    n_before = sum(meta["documents"].values()) + meta["skipped_documents"] - 1
-    left = end if end is None else end - first - n_before
-    return itertools.islice(rows, left), taken
+    place, taken = None, 0
+    if meta["shards"]:
+        *place, taken = meta["shards"][-1]["cursor"].values()
+        place = Place(*place)
+    rows = documents(meta["files"], open_rows, place)
+    stream = TokenStream(encoded(rows, encoding, workers or os.cpu_count()))
+    for _ in stream.take(taken):  # the last shard has them
+        stream.started = 0
+    return stream
 
 
-def next_shard(meta, n_val, stream, bar):
-    """
-    Write the next shard and record it in meta -> False if nothing is left to write.
-
-    n_val: tokens of the val split, which is the first shard unless it has none.
-    """
-    left = tokens - sum(meta["tokens"].values())
-    split = "val" if n_val and not meta["shards"] else "train"
-    number = sum(shard["split"] == split for shard in meta["shards"])
+def write_shard(meta, split, n_tokens, stream, bar):
+    """Write the stream's next n_tokens, fewer at its end, as a shard of split, recorded in meta."""
+    number = sum(entry["split"] == split for entry in meta["shards"])
     name = f"{split}_{number:06d}.bin"
-    pieces = stream.take(min(left, shard_tokens if split == "train" else n_val))
-    n_tokens, checksum = write_shard(os.path.join(out_dir, name), pieces, bar)
-    if n_tokens == 0:
-        return False
-    meta["tokens"][split] += n_tokens
+    before = meta["tokens"][split]
+    digest = hashlib.sha256()
+    with atomic(os.path.join(out_dir, name), "wb") as file:
+        for piece in stream.take(n_tokens):
+            file.write(piece.tobytes())
+            digest.update(piece.tobytes())
+            meta["tokens"][split] += len(piece)
+            bar.update(len(piece))
     meta["documents"][split] += stream.started
     meta["skipped_documents"] += stream.skipped
     stream.started = stream.skipped = 0
     meta["shards"].append({
         "file": name,
         "split": split,
-        "tokens": n_tokens,
-        "sha256": checksum,
+        "tokens": meta["tokens"][split] - before,
+        "sha256": digest.hexdigest(),
         "cursor": {**stream.place._asdict(), "token": stream.taken},
     })
-    return True
+    write_json(meta_path(), meta)
 
 
 def prepare(arguments):
@@ -620,35 +543,29 @@ def prepare(arguments):
     and if nothing is left for training.
     """
     encoding = get_tokenizer(tokenizer)
-    part, parts = parse_shard(shard)
-    meta = open_meta(arguments)
-    if meta is None:
-        meta = new_meta(arguments, encoding, part, parts)
-    elif meta["complete"]:
+    meta = open_meta(arguments) or new_meta(arguments, encoding)
+    if meta["complete"]:
         return meta
-    else:
-        check_files(meta)
-    rows, taken = open_documents(meta, part, parts)
-    stream = TokenStream(encoded(rows, encoding, workers or os.cpu_count()), taken)
-    total = expected_tokens(meta["files"], parts)
+    stream = open_stream(meta, encoding)
+    total = expected_tokens(meta["files"])
     n_val = min(val_tokens, total // 100) if val_tokens == DEFAULT_VAL_TOKENS else val_tokens
     written = sum(meta["tokens"].values())
-    with tqdm(total=total, initial=written, unit="tok", unit_scale=True) as bar:
-        while next_shard(meta, n_val, stream, bar):
-            write_json(os.path.join(out_dir, "meta.json"), meta)
+    with progress(total=total, initial=written, unit="tok", unit_scale=True) as bar:
+        if n_val and not meta["shards"] and stream.goes_on():
+            write_shard(meta, "val", min(n_val, tokens), stream, bar)
+        while (left := tokens - sum(meta["tokens"].values())) and stream.goes_on():
+            write_shard(meta, "train", min(left, shard_tokens), stream, bar)
         bar.total = sum(meta["tokens"].values())
     shutil.rmtree(os.path.join(out_dir, "downloads"), ignore_errors=True)
     if not meta["tokens"]["train"]:
-        n_tokens = meta["tokens"]["val"]
-        n_empty = stream.skipped
-        clear(meta)
-        if not n_tokens:
-            raise ValueError(f"{source!r} has no text here ({n_empty} rows without): .jsonl and "
-                             ".parquet need a field 'text' that is text")
-        raise ValueError(f"{source!r} has {n_tokens} tokens here and val_tokens={val_tokens} "
-                         "takes them all: lower --val_tokens")
+        write_json(meta_path(), {**meta, "shards": []})
+        if not meta["shards"]:
+            raise ValueError(f"{source!r} has no text here ({stream.skipped} rows without): .jsonl "
+                             "and .parquet need a field 'text' that is text")
+        raise ValueError(f"{source!r} has {meta['tokens']['val']} tokens here and "
+                         f"val_tokens={val_tokens} takes them all: lower --val_tokens")
     meta["complete"] = True
-    write_json(os.path.join(out_dir, "meta.json"), meta)
+    write_json(meta_path(), meta)
     return meta
 
 
@@ -657,11 +574,11 @@ def prepare(arguments):
 def verify_shards(data_dir):
     """Compare every shard with meta.json's checksum -> a list of faults, empty if all is well."""
     faults = []
-    for shard in tqdm(read_meta(data_dir)["shards"], unit="shard"):
-        path = os.path.join(data_dir, shard["file"])
+    for entry in progress(read_meta(data_dir)["shards"], unit="shard"):
+        path = os.path.join(data_dir, entry["file"])
         try:
             with open(path, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != shard.get("sha256"):
+                if hashlib.file_digest(file, "sha256").hexdigest() != entry.get("sha256"):
                     faults.append(f"{path}: its checksum is not the one in meta.json")
         except OSError as error:
             faults.append(f"{path}: {error.strerror}")
@@ -669,21 +586,23 @@ def verify_shards(data_dir):
 
 
 def main():
-    config = configure(globals())
+    config = configure(
+        globals(),
+        choices={"tokenizer": TOKENIZERS, "on_error": ("refuse", "replace")},
+        at_least={"tokens": 1, "val_tokens": 0, "shard_tokens": 1, "workers": 0},
+    )
     if verify:
         faults = verify_shards(verify)
         print("\n".join(faults) or f"{verify}: every shard is as meta.json says")
         sys.exit(bool(faults))
-    least = {"tokens": 1, "shard_tokens": 1, "val_tokens": 0, "skip": 0, "workers": 0}
-    for key, low in least.items():
-        if config[key] < low:
-            raise ValueError(f"{key}={config[key]}: must be at least {low}")
-    if on_error not in ("refuse", "replace"):
-        raise ValueError(f"on_error={on_error!r}: must be 'refuse' or 'replace'")
-    keys = "source tokenizer tokens val_tokens shard_tokens skip shard on_error"
+    keys = "source tokenizer tokens val_tokens shard_tokens shard on_error"
     with lock(out_dir):
         meta = prepare({key: config[key] for key in keys.split()})
-    print(f"{out_dir}: {meta['tokens']['train']:,} train and {meta['tokens']['val']:,} val tokens, "
+    n_train, n_val = meta["tokens"]["train"], meta["tokens"]["val"]
+    cut = ""
+    if n_val < val_tokens:
+        cut = f" (the source's first {n_val / (n_train + n_val):.1%}, --val_tokens=N sets it)"
+    print(f"{out_dir}: {n_train:,} train and {n_val:,} val tokens{cut}, "
           f"{sum(meta['documents'].values()):,} documents, {len(meta['shards'])} shards")
 
 

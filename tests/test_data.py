@@ -4,14 +4,19 @@ prepare_fineweb.py and data.py: what the bins hold, and how training reads them.
     python tests/test_data.py --kills=30      # by hand: preparations of FineWeb-Edu, killed
 """
 import collections
+import fcntl
 import http.server
 import json
 import os
+import pty
 import random
+import re
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
 from pathlib import Path
@@ -20,6 +25,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import tiktoken
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for --kills: there is no pytest to do it
 
@@ -27,7 +33,16 @@ from conftest import ROOT, contents
 
 import data
 import prepare_fineweb
-from data import Windows, get_tokenizer, new_directory, permute, read_meta, run_windows
+from data import (
+    Windows,
+    encode,
+    get_tokenizer,
+    new_directory,
+    permute,
+    progress,
+    read_meta,
+    run_windows,
+)
 
 SHARED = ROOT.parent / "shared"
 DOCUMENTS = [
@@ -64,6 +79,23 @@ def check_fails(run, *words):
     lines = run.stderr.splitlines()
     assert sum(line.startswith("prepare_fineweb.py: ") for line in lines) == 1, run.stderr
     assert all(word in lines[-1] for word in words), run.stderr
+
+
+def on_a_terminal(command):
+    """What a command shows on a terminal of 100 columns; it must succeed."""
+    terminal, its_end = pty.openpty()
+    fcntl.ioctl(its_end, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
+    process = subprocess.Popen(command, stdout=its_end, stderr=its_end)
+    os.close(its_end)
+    shown = b""
+    while process.poll() is None or shown == b"":
+        try:
+            shown += os.read(terminal, 10_000)
+        except OSError:  # how a terminal says that nobody writes to it any more
+            break
+    os.close(terminal)
+    assert process.wait() == 0, shown
+    return shown.decode()
 
 
 def write_jsonl(path, texts):
@@ -172,26 +204,42 @@ def test_empty_and_foreign_rows_are_counted_and_skipped(tmp_path):
     source = tmp_path / "text.jsonl"
     texts = ["one", "", None, 5, "lone \ud800 surrogate", "two"]
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    prepared_well(tmp_path / "bins", source=source, val_tokens=4)
+    run = prepare(tmp_path / "bins", source=source, val_tokens=4)
+    assert run.returncode == 0 and f"{source}, row 5: a lone surrogate" in run.stderr
     assert read_documents(tmp_path / "bins") == ["one", "lone \ufffd surrogate", "two"]
     assert read_meta(tmp_path / "bins")["skipped_documents"] == 3
 
 
-@pytest.mark.parametrize("n", [2, 3])
-def test_parts_are_disjoint_and_in_order(tmp_path, n):
-    texts = [f"{i} {text}" for i, text in enumerate(DOCUMENTS * 3)]
-    (tmp_path / "a.txt").write_text("a text file")
-    source = f"{tmp_path / 'a.txt'},{write_jsonl(tmp_path / 'text.jsonl', texts)}"
-    outs = [tmp_path / str(i) for i in range(n)]
-    for i, out in enumerate(outs):
-        n_val = 100 if i == 0 else 0
-        prepared_well(out, source=source, shard=f"{i}/{n}", val_tokens=n_val, shard_tokens=500)
-    tokens = np.concatenate([read_bins(out) for out in outs])
-    assert split_documents(tokens, get_tokenizer("bytes")) == ["a text file"] + texts
-    together = Windows(",".join(map(str, outs)), "train", 8)
-    assert len(together) == sum(len(Windows(str(out), "train", 8)) for out in outs)
-    prepared_well(tmp_path / "skip", source=source, skip=4, val_tokens=0)
-    assert read_documents(tmp_path / "skip") == texts[3:]
+def test_text_files_of_any_name_are_a_document_each(tmp_path):
+    """As of a package: directories below, empty files, a directory with a file's name."""
+    lib = tmp_path / "lib"
+    (lib / "b" / "c.py").mkdir(parents=True)
+    texts = {"b/c.py/d.py": "d = 1\n", "b/a.py": "\n", "b/__init__.py": "", "a.py": "def é():\n"}
+    for name, text in texts.items():
+        (lib / name).write_text(text, encoding="utf-8")
+    (lib / "b" / "notes.md").write_text("# Notes")
+    (lib / "b" / "image.png").write_bytes(bytes(range(256)))
+    settings = dict(source=f"{lib}/**/*.py,{lib}/b/*.md,{lib}/b/a.py", val_tokens=2)
+    prepared_well(tmp_path / "bins", **settings)
+    meta = read_meta(tmp_path / "bins")
+    in_order = ["a.py", "b/__init__.py", "b/a.py", "b/c.py/d.py", "b/notes.md"]
+    assert list(meta["files"]) == [f"{lib}/{name}" for name in in_order]
+    assert read_documents(tmp_path / "bins") == ["def é():\n", "\n", "d = 1\n", "# Notes"]
+    assert meta["skipped_documents"] == 1
+    (lib / "b" / "latin.py").write_bytes(b"# \xe9\nx = 1\n")
+    run = prepare(tmp_path / "other", **settings)
+    check_fails(run, "b/latin.py, line 1: invalid UTF-8 (byte 2 is 0xe9)", "--on_error=replace")
+    run = prepare(tmp_path / "other", on_error="replace", **settings)
+    assert run.returncode == 0 and "b/latin.py, line 1" in run.stderr
+    assert "# \ufffd\nx = 1\n" in read_documents(tmp_path / "other")
+    check_fails(prepare(tmp_path / "no", source=lib), "lib': no such file", "text files")
+
+
+def test_local_files_are_not_read_in_parts(tmp_path):
+    source = write_jsonl(tmp_path / "text.jsonl", DOCUMENTS)
+    for name in (source, "python"):
+        run = prepare(tmp_path / "bins", source=name, shard="1/2")
+        check_fails(run, "shard='1/2': only FineWeb-Edu is read in parts", "--source")
 
 
 def test_invalid_utf8_is_reported_and_refused_or_replaced(tmp_path):
@@ -213,12 +261,9 @@ def test_a_byte_order_mark_blank_lines_and_crlf_are_fine(tmp_path):
     (tmp_path / "b.txt").write_text("\ufefftext\r\nof Windows\r\n", encoding="utf-8", newline="")
     source = f"{tmp_path}/a.jsonl,{tmp_path}/b.txt"
     texts = ["one\r\n", "two", "three", "text\r\nof Windows\r\n"]
-    for parts in (1, 2):
-        outs = [tmp_path / f"{part} of {parts}" for part in range(parts)]
-        for part, out in enumerate(outs):
-            prepared_well(out, source=source, val_tokens=0, shard=f"{part}/{parts}")
-        assert sum(map(read_documents, outs), []) == texts
-    assert read_meta(outs[0])["skipped_documents"] == 0
+    prepared_well(tmp_path / "bins", source=source, val_tokens=0)
+    assert read_documents(tmp_path / "bins") == texts
+    assert read_meta(tmp_path / "bins")["skipped_documents"] == 0
     assert data.read_text(tmp_path / "b.txt") == texts[-1]  # what other scripts read is the same
     values = list(data.read_json_lines(tmp_path / "a.jsonl"))
     assert values == [{"text": text} for text in texts[:-1]]
@@ -257,6 +302,51 @@ def test_missing_gpt2_files_without_a_network(tmp_path):
     environment["HTTPS_PROXY"] = proxy
     run = prepare(tmp_path / "bins", environment, source="python", tokenizer="gpt2")
     check_fails(run, "TIKTOKEN_CACHE_DIR")
+
+
+# -----------------------------------------------------------------------------
+# encode: tiktoken's own, where that gives up too
+
+GPT2_PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s")
+SPACES = [chr(i) for i in range(0x3001) if chr(i).isspace()]  # with \x1c to \x1f: none to tiktoken
+
+
+@pytest.fixture(scope="module", params=["small", "gpt2"])
+def gpt2_encoding(request):
+    """GPT-2's regex with bytes and a few merges, which show its cuts; and GPT-2's own."""
+    if request.param == "small":
+        merges = [b"  ", b"    ", b"\n\n", b" \n", b" a", b"\n\n\n", b"\t\t", b"\x1c\x1c", b"\x1ca"]
+        ranks = {bytes([i]): i for i in range(256)}
+        ranks |= {merge: 256 + i for i, merge in enumerate(merges)}
+        special_tokens = {"<|endoftext|>": len(ranks)}
+        return tiktoken.Encoding("small", pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
+                                 special_tokens=special_tokens)
+    if not (SHARED / "tiktoken_cache").exists():
+        pytest.skip("GPT-2's files are not here")
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
+    return get_tokenizer("gpt2")
+
+
+@pytest.mark.parametrize("length", [99_999, 100_001])
+def test_long_whitespace_has_tiktoken_s_tokens(gpt2_encoding, length):
+    rng = random.Random(length)
+    runs = [character * length for character in " \n\x1c\xa0"]
+    runs += ["".join(rng.choices(SPACES, k=length)) for _ in range(4)]
+    runs += [" " * (length - 1) + "\n", "\n" * (length - 1) + " ", " " * length + "\x1c"]
+    ends = ["a b", "!", "\x1ca's", ""]
+    texts = [f"a{run}{ends[number % 4]}" for number, run in enumerate(runs)]
+    for text in [*texts, "    " * (length // 4)]:
+        assert encode(gpt2_encoding, text) == gpt2_encoding.encode_ordinary(text)
+
+
+def test_whitespace_beyond_tiktoken_s_limit(gpt2_encoding):
+    """Its last character goes to the word behind."""
+    spaces = "\v" * 1_000_000
+    text = f"a{spaces} b\ufffd"
+    parts = [gpt2_encoding.encode_ordinary(part) for part in ("a", spaces, " b\ufffd")]
+    row = prepare_fineweb.document_tokens(None, text, gpt2_encoding)
+    assert row.tolist() == sum(parts, [gpt2_encoding.eot_token])
+    assert encode(gpt2_encoding, text.replace("\ufffd", "\ud800")) == sum(parts, [])
 
 
 # -----------------------------------------------------------------------------
@@ -386,32 +476,6 @@ def run_and_kill(command, seconds, **options):
         return None
 
 
-def test_a_killed_part_ends_where_it_would_have_ended(tmp_path):
-    """The end of a part of local files is a number of documents, counted anew after a restart."""
-    texts = [f"{i} {text}" for i, text in enumerate(DOCUMENTS * 30)]
-    texts[70:70] = ["", None]
-    write_parquet(tmp_path / "a.parquet", texts, row_group_size=16)
-    settings = dict(source=tmp_path / "a.parquet", shard="1/3", skip=3, val_tokens=0,
-                    shard_tokens=3000)
-    prepared_well(tmp_path / "whole", **settings)
-    assert read_documents(tmp_path / "whole") == texts[53:70] + texts[72:101]
-    shards = read_meta(tmp_path / "whole")["shards"]
-    assert len(shards) > 2
-    for n_kept in range(1, len(shards)):
-        out = copied(tmp_path / "whole", tmp_path / str(n_kept))
-        for shard in shards[n_kept:]:
-            (out / shard["file"]).unlink()
-        cursor = shards[n_kept - 1]["cursor"]
-        begun = texts[53:16 * cursor["row_group"] + cursor["row"] + 1]
-        n_documents = sum(map(bool, begun))
-        change_meta(out, complete=False, shards=shards[:n_kept],
-                    tokens={"train": 3000 * n_kept, "val": 0},
-                    documents={"train": n_documents, "val": 0},
-                    skipped_documents=len(begun) - n_documents)
-        prepared_well(out, **settings)
-        assert contents(out) == contents(tmp_path / "whole")
-
-
 def test_two_preparations_of_one_directory(tmp_path):
     source = write_jsonl(tmp_path / "text.jsonl", DOCUMENTS * 20)
     out = tmp_path / "bins"
@@ -433,11 +497,13 @@ def test_two_preparations_of_one_directory(tmp_path):
 
 def test_a_small_source_gets_a_small_val_split(tmp_path):
     (tmp_path / "book.txt").write_text("All work and no play. " * 4000)
-    run = prepare(tmp_path / "bins", source=tmp_path / "book.txt")
-    assert run.returncode == 0, run.stderr
+    shown = on_a_terminal(prepare_command(tmp_path / "bins", source=tmp_path / "book.txt"))
     assert read_meta(tmp_path / "bins")["tokens"] == {"train": 88_001 - 880, "val": 880}
-    assert "25.0G" not in run.stderr  # the progress bar's end is the book's
+    assert "25.0G" not in shown and "/88.0k" in shown  # the progress bar's end is the book's
+    assert "880 val tokens (the source's first 1.0%, --val_tokens=N sets it)" in shown
     prepared_well(tmp_path / "bins", source=tmp_path / "book.txt")
+    run = prepare(tmp_path / "given", source=tmp_path / "book.txt", val_tokens=500)
+    assert run.stdout.endswith("and 500 val tokens, 1 documents, 2 shards\n") and not run.stderr
     write_parquet(tmp_path / "book.parquet", [f"{i} word " * 300 for i in range(50)])
     prepared_well(tmp_path / "parquet", source=tmp_path / "book.parquet")
     counts = read_meta(tmp_path / "parquet")["tokens"]
@@ -602,6 +668,9 @@ def test_fineweb_edu_from_the_hub(tmp_path):
         out = tmp_path / str(part)
         prepared_well(out, environment, shard=f"{part}/2", val_tokens=0, **settings)
         assert read_documents(out) == sum(its_files, [])
+    outs = [str(tmp_path / "0"), str(tmp_path / "1")]
+    together = Windows(",".join(outs), "train", 8)
+    assert len(together) == sum(len(Windows(out, "train", 8)) for out in outs)
     run = prepare(tmp_path / "no", environment, shard="0/6", **settings)
     check_fails(run, "shard=0/6: FineWeb-Edu has 5 files")
     hub.shutdown()
@@ -923,6 +992,44 @@ def test_a_runs_relative_data_dir_from_another_directory(prepared, tmp_path, mon
     assert len(run_windows(config, "train")) == 2 * n_windows
     copied(prepared, tmp_path / "moved")  # what is not there any more may be here
     assert len(run_windows({**config, "data_dir": "moved"}, "train")) == n_windows
+
+
+def test_missing_data_are_named_with_what_makes_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path}/data/my/meta.json")) as raised:
+        Windows("data/my", "train", 16)
+    assert "prepare_fineweb.py --out_dir=data/my and your --source" in str(raised.value)
+    demo, = re.findall(r"prepare_fineweb.py --source.*\\\n.*", (ROOT / "Makefile").read_text())
+    with pytest.raises(ValueError, match="data/python/meta.json is missing") as raised:
+        Windows("data/python", "train", 16)
+    command = str(raised.value).partition("python prepare_fineweb.py ")[2]
+    assert sorted(command.split()) == sorted(demo.replace("\\", "").split()[1:])
+
+
+# -----------------------------------------------------------------------------
+# progress, systems
+
+@pytest.mark.parametrize("options", [{"desc": "rows"}, {"unit_scale": True}])
+def test_progress_in_a_log(options, monkeypatch, capsys):
+    """Plain lines now and then, and none of what is quickly done."""
+    assert list(progress(range(3), unit="row", **options)) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(data, "LOG_SECONDS", 0)
+    assert list(progress(iter("abc"), unit="row", total=3, **options)) == ["a", "b", "c"]
+    with progress(total=3, unit="row", leave=True, **options) as bar:
+        bar.update(2)
+    lines = capsys.readouterr().err.split("\n")
+    assert lines.pop() == "" and "\r" not in "".join(lines)
+    numbers = [line.removeprefix("rows ").split(" [")[0] for line in lines]
+    if "unit_scale" in options:
+        numbers = [number.replace(".00", "") for number in numbers]
+    assert numbers == ["0/3", "1/3", "2/3", "3/3", "0/3", "2/3"]
+
+
+def test_a_system_without_fcntl_is_told_so():
+    program = "import sys; sys.modules['fcntl'] = None; import data"
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 1 and run.stderr == "Linux and macOS are supported (on Windows: WSL)\n"
 
 
 # -----------------------------------------------------------------------------
