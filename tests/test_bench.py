@@ -4,9 +4,11 @@ import json
 import pytest
 import torch
 from conftest import run_script
+from torch.profiler import ProfilerActivity, profile
 
+import cayley
 from cayley import CayleySAE
-from tools import bench
+from tools import account, bench
 
 LEVELS = "6,8,0;9,16,32"
 
@@ -20,13 +22,49 @@ def test_the_dense_dictionary_is_the_same_layer():
     torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
 
 
+def scoring_flops(n_embd, levels, n_tokens=64):
+    """
+    FLOPs a token of select's products, counted.
+
+    By the profiler: FlopCounterMode doesn't see what an operator of torch.library does inside.
+    """
+    sae = CayleySAE(n_embd, levels)
+    inputs = torch.randn(n_tokens, n_embd), torch.ones_like(sae.bias), torch.zeros_like(sae.bias)
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], with_flops=True) as profiler:
+        cayley.select(*inputs, sae.plan)
+    products = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
+    counts = [event.flops for event in profiler.key_averages() if event.key in products]
+    return sum(counts) / n_tokens
+
+
 def test_flops_of_the_products():
     """Counted inside the operator, against the account of cayley.py's way to score, by hand."""
     walsh_64 = 2 * 64 * 32 + 2 * 64 * 2  # as 32 x 2
     # a block of 32 of 512 features: 4 fixed bits, tail 2, chirp 3
     chirps = 2 * 8 * 64 * 8  # 8 parents, 64 coordinates, 8 chirps
     walsh_4 = 2 * 4 * 4 * 8 * 8
-    assert bench.scoring_flops(64, LEVELS) == walsh_64 + chirps + walsh_4
+    assert scoring_flops(64, LEVELS) == walsh_64 + chirps + walsh_4
+
+
+@pytest.mark.parametrize("levels", ["", "5,4,0;8,6,16"])
+def test_the_measured_step_has_the_account_s_peak(monkeypatch, levels):
+    """No logits that outlive the loss: the peak is training's."""
+    monkeypatch.setattr(bench, "dtype", "bf16")
+    shape = {**bench.TINY.shape, "vocab_size": 4096}
+    sizes = bench.TINY._replace(shape=shape, batch_size=8)
+    both, update = bench.training_step(sizes, levels)
+    both()  # from now on the gradients are there
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        both()
+    held = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    paper = account.memory_account(sizes.config(levels), sizes.batch_size, fused_norm=False)
+    there_before = ("weights", "gradients", "Muon's share", "AdamW", "SAE statistics and atoms")
+    expected = paper["peak"] - sum(paper[name] for name in there_before)
+    assert peak == pytest.approx(expected, rel=0.03)
 
 
 def test_the_gpu_report_on_a_cpu(tmp_path):
@@ -60,6 +98,14 @@ def test_agreement_of_kernels():
     assert row["tokens with equal ids %"] == 50
     assert row["select off by"] == pytest.approx(0.15)
     assert (row["combine off by"], row["project off by"]) == (2, 0)
+
+
+def test_a_near_tie_is_no_disagreement():
+    sums = torch.zeros(2, 4)
+    ids, products = torch.tensor([[1, 2], [3, 4]]), torch.tensor([[0.5, 0.4], [0.3, 0.2]])
+    exact = {"select": (ids, products), "combine": sums, "project": products}
+    other = {**exact, "select": (torch.tensor([[2, 1], [3, 7]]), products.flip(1) + 1e-5)}
+    assert bench.agreement(exact, other)["tokens with equal ids %"] == 100
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -399,3 +399,46 @@ def test_the_script_and_the_paired_comparison(trained, data_dir, tmp_path):
     assert scores["vs"]["loss_difference"] == 0
     assert len(scores["codes"]["layers"]) == 2
     assert scores["codes"]["loss"] == pytest.approx(scores["val"]["loss"])  # the same 16 windows
+
+
+def test_a_smaller_run_does_not_replace_a_larger_one(trained, tmp_path):
+    path = tmp_path / "evals.json"
+    (tmp_path / "ckpt.pt").write_bytes((trained / "ckpt.pt").read_bytes())
+    (tmp_path / "lambada.jsonl").write_text('{"text": "one two three"}\n' * 2)
+    lambada = f"--lambada={tmp_path / 'lambada.jsonl'}"
+
+    def run(*words):
+        result = run_script("-m", "tools.evals", f"--ckpt={tmp_path}", "--device=cpu", *words)
+        assert result.returncode == 0, result.stderr
+        return result.stdout, json.loads(path.read_text())
+
+    said, first = run("--n_windows=16", lambada)
+    words = "val 16 windows, lambada 2, codes 16 windows 5 times on cpu: about"
+    assert said.startswith(words)
+    assert first["val"]["windows"] == 16
+    said, scores = run("--n_windows=4", lambada, "--limit=1")
+    assert scores == first
+    assert f"{path} keeps val of 16 windows, not these 4: --replace=True writes them" in said
+    assert f"{path} keeps lambada of 2 items, not these 1" in said
+    said, scores = run("--n_windows=20")
+    assert scores["val"]["windows"] == 20 and scores["lambada"] == first["lambada"]
+    said, scores = run("--n_windows=4", "--replace")
+    assert scores["val"]["windows"] == 4 and scores["lambada"] == first["lambada"]
+
+    checkpoint = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    checkpoint["model"]["wte.weight"][0] += 1
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    said, other = run("--n_windows=4")  # of other weights nothing is kept, and nothing is lost
+    assert set(other) == {"val", "codes"} and "had scores of other weights" in said
+    aside = tmp_path / f"evals.{first['val']['weights']}.json"
+    assert json.loads(aside.read_text()) == scores
+
+
+@pytest.mark.parametrize("content", ["[]", '{"val": 3}', "{"])
+def test_a_file_in_the_way_of_evals_json_is_named_before_anything_runs(trained, tmp_path, content):
+    (tmp_path / "ckpt.pt").write_bytes((trained / "ckpt.pt").read_bytes())
+    (tmp_path / "evals.json").write_text(content)
+    result = run_script("-m", "tools.evals", f"--ckpt={tmp_path}", "--device=cpu")
+    assert result.returncode == 1 and result.stdout == ""
+    assert f"{tmp_path / 'evals.json'}: it is no file of scores, move it away" in result.stderr
+    assert (tmp_path / "evals.json").read_text() == content

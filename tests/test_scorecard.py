@@ -521,6 +521,8 @@ def test_the_command_goes_on_where_it_stopped(trained, twin, tmp_path):
         assert f"| {name} |" in result.stdout
     card = json.loads((out_dir / "scorecard.json").read_text())
     losses = {row["name"]: row for row in card["losses"]}
+    assert max(len(line) for line in result.stdout.splitlines() if line.startswith("|")) <= 100
+    assert "Layer 1, Cayley beside the TopK SAE on dense: " in result.stdout
     assert losses["dense"]["minus_dense"] == 0 and losses["dense"]["kl"] == pytest.approx(0)
     assert losses["dense, TopK SAE in all layers"]["kl"] > 0
     ElementTree.parse(out_dir / "scorecard.svg")
@@ -595,7 +597,6 @@ def test_labels_that_are_no_npz(tmp_path):
 @pytest.mark.parametrize("settings, message", [
     (dict(ckpt="a", dense=""), "give the dense twin's checkpoint"),
     (dict(ckpt="a", dense="a,b"), "1 checkpoints in --ckpt and 2 in --dense"),
-    (dict(dense="a", seeds=0), "seeds=0: must be at least 1"),
     (dict(dense="a", sae_lr=math.nan), "sae_lr=nan: must be above 0"),
     (dict(dense="a", sae_lr=math.inf), "sae_lr=inf: must be above 0 and finite"),
     (dict(ckpt="a,b", dense="c,c"), "dense='c,c': write different checkpoints"),
@@ -615,9 +616,14 @@ def test_layers_that_are_not_there(monkeypatch, text):
         scorecard.chosen_layers(2)
 
 
-def test_a_mistake_is_one_line(tmp_path):
-    result = run_scorecard(tmp_path / "nothing", tmp_path / "nothing", tmp_path / "card")
-    assert result.returncode == 1 and "no such checkpoint" in result.stderr
+@pytest.mark.parametrize("settings, message", [
+    ({}, "no such checkpoint"),
+    ({"seeds": 0}, "seeds=0: must be at least 1"),
+])
+def test_a_mistake_is_one_line(tmp_path, settings, message):
+    nothing = tmp_path / "nothing"
+    result = run_scorecard(nothing, nothing, tmp_path / "card", **settings)
+    assert result.returncode == 1 and message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
 
 

@@ -6,7 +6,8 @@ Scores a checkpoint: val loss, perplexity of text, HellaSwag, LAMBADA, and its s
     python -m tools.evals --ckpt ckpt.pt --ppl=text.txt --hellaswag=val.jsonl --lambada=test.jsonl
     python -m tools.evals --ckpt ckpt.pt --vs=other.pt                 # val losses compared, paired
 
-Prints the scores and writes them to evals.json beside the checkpoint.
+Prints the scores and writes them to evals.json beside the checkpoint. There they join those of
+earlier runs on the same weights; a task's scores of more windows or items stay, unless --replace.
 
 Conventions
 - Losses are nats per token. A standard error is over windows or items; for several texts it is
@@ -31,20 +32,23 @@ Conventions
 if not __package__:
     raise SystemExit("from the repository's root: python -m tools.evals")
 
+import hashlib
+import json
 import math
 import os
 import re
+import time
 
 import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from cayley import Codes
 from checkpoint import load_model, pick_device
 from configurator import configure
 from data import get_tokenizer, read_json_lines, read_text, run_windows, write_json
+from tools.report import batches, duration, progress
 
 # settings, see configurator.py
 ckpt = "out/ckpt.pt"  # or a directory with a ckpt.pt
@@ -56,6 +60,7 @@ ppl = ""  # a text file, a .jsonl file with a text a row, or "hub"
 hellaswag = ""  # a .jsonl file with ctx, endings, label; or "hub"
 lambada = ""  # a .jsonl file with text; or "hub"
 limit = 0  # texts, items of HellaSwag and of LAMBADA; 0: all
+replace = False  # write scores to evals.json also where it has them of more windows or items
 device = "auto"
 
 CODE_WINDOWS = 64  # of the val windows, for the state of the codes: two passes a layer over them
@@ -90,11 +95,6 @@ def perplexity(nats):
     return math.exp(nats) if nats is not None and nats < 700 else None
 
 
-def progress(n, label):
-    """The first index of every batch of n items, with a bar on a terminal."""
-    return tqdm(range(0, n, batch_size), desc=label, unit="batch", leave=False, disable=None)
-
-
 # -----------------------------------------------------------------------------
 # losses
 
@@ -113,8 +113,8 @@ def token_scores(model, idx, targets):
 def window_losses(model, windows, label="val"):
     """Mean loss of each window: windows (M, T + 1) int64, numpy -> list of M."""
     losses = []
-    for first in progress(len(windows), label):
-        rows = torch.from_numpy(windows[first:first + batch_size]).to(model.wte.weight.device)
+    for rows in batches(windows, batch_size, label):
+        rows = torch.from_numpy(rows).to(model.wte.weight.device)
         losses.append(token_scores(model, rows[:, :-1], rows[:, 1:])[0].mean(1))
     return torch.cat(losses).tolist()
 
@@ -138,6 +138,7 @@ def loss_scores(losses, windows, encoding):
         "standard_error": error,
         "perplexity": perplexity(loss),
         "bits_per_byte": loss * targets.size / n_bytes / math.log(2),
+        "windows": len(windows),
     }
 
 
@@ -172,8 +173,7 @@ def continuation_scores(model, pairs, label="continuations"):
     scores = [None] * len(pairs)
     lengths = [len(context) + len(continuation) for context, continuation in pairs]
     order = sorted(range(len(pairs)), key=lambda i: -lengths[i])  # like lengths share a batch
-    for first in progress(len(order), label):
-        chosen = order[first:first + batch_size]
+    for chosen in batches(order, batch_size, label):
         batch = pad([pairs[i] for i in chosen], block_size)
         idx, targets, mask = (tensor.to(model.wte.weight.device) for tensor in batch)  # (B, T)
         losses, greedy = token_scores(model, idx, targets)
@@ -285,7 +285,7 @@ def text_scores(model, encoding, texts):
     lengths = token_bytes(encoding)
     pairs, owners = [], []
     n_bytes, n_words = 0, 0
-    for number, text in enumerate(tqdm(texts, desc="encoding", leave=False, disable=None)):
+    for number, text in enumerate(progress(texts, "encoding")):
         ids = np.array([encoding.eot_token] + encoding.encode_ordinary(text), dtype=np.int32)
         windows = text_windows(ids, model.config.block_size)
         pairs += windows
@@ -503,8 +503,8 @@ def code_scores(model, windows):
     """
     sums = [LayerSums(sae) for sae in model.saes()]
     losses = []
-    for first in progress(len(windows), "codes"):
-        rows = torch.from_numpy(windows[first:first + batch_size]).to(model.wte.weight.device)
+    for rows in batches(windows, batch_size, "codes"):
+        rows = torch.from_numpy(rows).to(model.wte.weight.device)
         with model.recording() as records:
             losses += token_scores(model, rows[:, :-1], rows[:, 1:])[0].mean(1).tolist()
         for of_layer, (record,) in zip(sums, records):
@@ -539,11 +539,8 @@ def load_tasks(encoding, block_size):
     What the settings ask for, as {name: data} for evaluate.
 
     Read at once, so that what is missing is reported before anything runs. Raises ValueError naming
-    a setting that makes no sense, a file that is missing, or a row that can't be scored.
+    a file that is missing or a row that can't be scored.
     """
-    for key, least in {"batch_size": 1, "n_windows": 2, "limit": 0}.items():
-        if globals()[key] < least:
-            raise ValueError(f"{key}={globals()[key]}: must be at least {least}")
     for path in (ppl, hellaswag, lambada):
         if path and path != "hub" and not os.path.isfile(path):
             raise ValueError(f"{path}: no such file")
@@ -559,9 +556,35 @@ def load_tasks(encoding, block_size):
     return tasks
 
 
-def val_windows(split):
-    """The windows that are scored, (n_windows, T + 1): the same for every checkpoint."""
-    return split.shuffled(0, min(n_windows, len(split)), seed=0)
+def task_characters(name, rows):
+    """Of the text that a model reads for load_tasks' data of a task."""
+    if name == "text":
+        return sum(map(len, rows))
+    if name == "lambada":
+        return sum(len(row["text"]) for row in rows)
+    return sum(len(row["endings"]) * len(row["ctx"]) + sum(map(len, row["endings"]))
+               for row in rows)
+
+
+def announce(model, encoding, windows, tasks, other):
+    """Print what evaluate will read and about how long that takes, by the time of one forward."""
+    n_tokens = windows.size * (2 if other else 1)
+    words = [f"val {len(windows)} windows"]
+    for name, rows in tasks.items():
+        n_tokens += task_characters(name, rows) / token_bytes(encoding)[windows].mean()
+        words.append(f"{name} {len(rows):,}")
+    if model.saes():
+        rows = windows[:CODE_WINDOWS]
+        passes = 1 + 2 * len(model.blocks)
+        n_tokens += rows.size * passes
+        words.append(f"codes {len(rows)} windows {passes} times")
+    device = model.wte.weight.device
+    few = torch.from_numpy(windows[:max(1, 2048 // windows.shape[1])]).to(device)
+    for idx in (few[:1, :9], few):  # what a first forward builds isn't timed
+        start = time.perf_counter()
+        token_scores(model, idx[:, :-1], idx[:, 1:])[0].sum().item()
+    seconds = (time.perf_counter() - start) * n_tokens / few.numel()
+    print(f"{', '.join(words)} on {device}: about {duration(seconds)}", flush=True)
 
 
 def evaluate(model, encoding, windows, tasks, other=None):
@@ -580,6 +603,7 @@ def evaluate(model, encoding, windows, tasks, other=None):
             "checkpoint": vs,
             "loss_difference": difference,
             "standard_error": error,
+            "windows": len(windows),
         }
     if "text" in tasks:
         scores["text"] = text_scores(model, encoding, tasks["text"])
@@ -602,8 +626,8 @@ def format_scores(values):
                      if not isinstance(value, list))
 
 
-def report(scores, directory):
-    """Print scores and write them to directory/evals.json."""
+def report(scores):
+    """Print evaluate's scores."""
     for name, values in scores.items():
         print(f"{name}: {format_scores(values)}")
     for layer, values in enumerate(scores.get("codes", {"layers": []})["layers"]):
@@ -615,16 +639,74 @@ def report(scores, directory):
         print(f"layer {layer}: {', '.join(words)}")
         for level, row in enumerate(values["levels"]):
             print(f"  level {level}: {format_scores(row)}")
-    write_json(os.path.join(directory, "evals.json"), scores)
+
+
+def digest(model):
+    """16 hexadecimal digits that stand for a model's weights."""
+    state = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        state.update(name.encode())
+        state.update(tensor.cpu().flatten().view(torch.uint8).numpy())
+    return state.hexdigest()[:16]
+
+
+def amount(values):
+    """What a task's scores are of, as a number and its unit."""
+    if "items" in values:
+        return values["items"] + values["unscorable"], "items"
+    unit = "windows" if "windows" in values else "tokens"
+    return values[unit], unit
+
+
+def read_scores(path):
+    """The scores that earlier runs wrote to path, by task. Raises ValueError if it has others."""
+    if not os.path.exists(path):
+        return {}
+    try:
+        with open(path, encoding="utf-8") as file:
+            scores = json.load(file)
+    except ValueError:
+        scores = None
+    if not isinstance(scores, dict) or not all(isinstance(v, dict) for v in scores.values()):
+        raise ValueError(f"{path}: it is no file of scores, move it away")
+    return scores
+
+
+def keep(scores, path, weights):
+    """
+    Write scores to path beside those of the same weights (see digest) that are there.
+
+    One of more windows or items stays, unless replace says otherwise. A file with scores of other
+    weights is moved aside. Both are said.
+    """
+    kept = read_scores(path)
+    others = {values.get("weights", "before") for values in kept.values()} - {weights}
+    if others:
+        aside = f"{path.removesuffix('.json')}.{'.'.join(sorted(others))}.json"
+        os.replace(path, aside)
+        print(f"{path} had scores of other weights: it is {aside} now")
+        kept = {}
+    for name, values in scores.items():
+        old = kept.get(name, values)
+        same = old.get("checkpoint") == values.get("checkpoint")  # that vs compares with
+        if same and amount(old) > amount(values) and not replace:
+            (before, unit), (now, _) = amount(old), amount(values)
+            print(f"{path} keeps {name} of {before:,} {unit}, not these {now:,}: --replace=True "
+                  "writes them")
+        else:
+            kept[name] = {**values, "weights": weights}
+    write_json(path, kept)
 
 
 def main():
-    configure(globals())
+    configure(globals(), at_least={"batch_size": 1, "n_windows": 2, "limit": 0})
     target = pick_device(device)
     model, config = load_model(ckpt, target)
     encoding = get_tokenizer(config["tokenizer"])
     tasks = load_tasks(encoding, model.config.block_size)
     split = run_windows(config, "val", data_dir)
+    path = os.path.join(ckpt if os.path.isdir(ckpt) else os.path.dirname(ckpt), "evals.json")
+    read_scores(path)  # one that can't be joined is told of now
     other = None
     if vs:
         other, other_config = load_model(vs, target)
@@ -632,8 +714,11 @@ def main():
         if not same_tokenizer or other.config.block_size != model.config.block_size:
             raise ValueError(f"{vs}: it has another tokenizer or block_size than {ckpt}, so losses "
                              "can't be paired")
-    scores = evaluate(model, encoding, val_windows(split), tasks, other)
-    report(scores, ckpt if os.path.isdir(ckpt) else os.path.dirname(ckpt) or ".")
+    windows = split.shuffled(0, min(n_windows, len(split)), seed=0)  # the same for all checkpoints
+    announce(model, encoding, windows, tasks, other)
+    scores = evaluate(model, encoding, windows, tasks, other)
+    report(scores)
+    keep(scores, path, digest(model))
 
 
 if __name__ == "__main__":

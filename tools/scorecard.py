@@ -60,24 +60,23 @@ if not __package__:
     raise SystemExit("from the repository's root: python -m tools.scorecard")
 
 import contextlib
-import csv
 import functools
 import hashlib
 import io
 import json
 import math
 import os
+import re
 import sys
+import textwrap
 import zipfile
 from dataclasses import dataclass
-from html import escape
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from cayley import CayleySAE, Codes, plain_encode
 from checkpoint import build_model, check_archive, load_checkpoint, pick_device
@@ -99,6 +98,7 @@ from tools.probing import (
     token_rates,
     word_letters,
 )
+from tools.report import batches, interval_chart, markdown, progress, write_csv
 from tools.topk_sae import TopKSAE, fit_saes
 
 # settings, see configurator.py
@@ -317,13 +317,6 @@ def spliced(model, modules):
             model.blocks[layer].sae = module
 
 
-def batches(windows, label, size=0):
-    """Yield windows (M, T), numpy, as tensors of some rows; a bar on a terminal."""
-    size = size or batch_size
-    for first in tqdm(range(0, len(windows), size), desc=label, leave=False, disable=None):
-        yield torch.from_numpy(windows[first:first + size])
-
-
 def on_device(model):
     return model.wte.weight.device
 
@@ -332,10 +325,10 @@ def on_device(model):
 def mlp_inputs(model, windows, at_layers, label="reading"):
     """{layer: x (N, d) on the CPU} of windows (M, T)."""
     inputs = {layer: [] for layer in at_layers}
-    for idx in batches(windows, label):
+    for rows in batches(windows, batch_size, label):
         with contextlib.ExitStack() as stack:
             seen = {layer: stack.enter_context(watching(model, layer)) for layer in at_layers}
-            model(idx.to(on_device(model)))
+            model(torch.from_numpy(rows).to(on_device(model)))
             for layer, (site,) in seen.items():
                 inputs[layer].append(site.x.flatten(0, 1).cpu())
     return {layer: torch.cat(x) for layer, x in inputs.items()}
@@ -628,7 +621,7 @@ def causal_scores(arm, stage, probes):
     table = encoded(arm, stage.site.x.flatten(0, 1).cpu())
     steered = {}
     steer, ablate = [], []
-    for label, probe in enumerate(tqdm(probes, desc=arm.name, leave=False, disable=None)):
+    for label, probe in enumerate(progress(probes, f"steering, {arm.name}")):
         key = (probe.feature, probe.sign)
         if key not in steered:
             steered[key] = stage.steer(probe.sign * arm.atoms[probe.feature])
@@ -698,8 +691,8 @@ def losses(model, windows, modules, reference):
     a token, reference being a model as it is: windows (M, T + 1) -> (M, 2).
     """
     rows = []
-    for batch in batches(windows, "losses"):
-        batch = batch.to(on_device(model))
+    for batch in batches(windows, batch_size, "losses"):
+        batch = torch.from_numpy(batch).to(on_device(model))
         idx, targets = batch[:, :-1], batch[:, 1:]
         before = reference(idx, n_logits=0)[0].float()
         with spliced(model, modules):
@@ -946,7 +939,7 @@ def read_rows(pair, data, layer, fitted, parts):
         "current token": [parts.get(f"layer {layer} current token", reader.token_row)],
         "always yes": [parts.get(f"layer {layer} always yes", reader.constant_row)],
     }
-    for name, seeded in tqdm(makers.items(), desc=f"rows of layer {layer}", disable=None):
+    for name, seeded in progress(makers.items(), f"rows of layer {layer}"):
         rows[name] = []
         for seed, make in enumerate(seeded):
             part = f"layer {layer} {name} seed {seed}"
@@ -1160,17 +1153,26 @@ def make_losses(per_pair):
 # tables and picture
 
 
-def with_spread(number, form=".3f"):
+def brief(text):
+    """Text without the zeros before decimal points, so that the tables fit 100 columns."""
+    return re.sub(r"\b0\.", ".", text)
+
+
+def plain(number, form=".3f"):
+    return "" if number is None else brief(f"{number['mean']:{form}}")
+
+
+def with_spread(number):
     """Text of a summary: mean [interval] +- spread."""
     if number is None:
         return ""
-    text = f"{number['mean']:{form}}"
+    text = f"{number['mean']:.3f}"
     if number["interval"]:
         low, high = number["interval"]
-        text += f" [{low:{form}}, {high:{form}}]"
+        text += f" [{low:.3f}, {high:.3f}]"
     if number["over_seeds"] is not None:
-        text += f" +- {number['over_seeds']:{form}}"
-    return text
+        text += f" +- {number['over_seeds']:.3f}"
+    return brief(text)
 
 
 def against_reference(number):
@@ -1181,13 +1183,7 @@ def against_reference(number):
     if number["difference_interval"]:
         low, high = number["difference_interval"]
         text += f" [{low:+.3f}, {high:+.3f}]"
-    return text
-
-
-def markdown(columns, rows):
-    """Lines of a table."""
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+    return brief(text)
 
 
 def loss_table(losses):
@@ -1200,42 +1196,51 @@ def loss_table(losses):
     return markdown(["loss", "nats a token", "minus dense (s.e.)", "KL"], rows)
 
 
-def plain(number, form=".3f"):
-    return "" if number is None else f"{number['mean']:{form}}"
-
-
-def probe_table(rows):
+def probe_table(rows, kind, title):
+    """kind: "one" or "five"."""
     cells = []
     for row in rows:
-        cells.append([row["name"], with_spread(row["one_f1"]), against_reference(row["one_f1"]),
-                      plain(row["one_balanced_accuracy"]), plain(row["one_auc"]),
-                      with_spread(row["five_f1"]), against_reference(row["five_f1"]),
-                      plain(row["five_balanced_accuracy"]), plain(row["five_auc"])])
-    return markdown(["sparse probing", "1 feature: F1", "to the SAE", "bal. acc.", "AUC",
-                     "5 features: F1", "to the SAE", "bal. acc.", "AUC"], cells)
+        f1 = row[f"{kind}_f1"]
+        cells.append([row["name"], with_spread(f1), against_reference(f1),
+                      plain(row[f"{kind}_balanced_accuracy"]), plain(row[f"{kind}_auc"])])
+    return markdown([title, "F1", "F1, to the SAE", "bal. acc.", "AUC"], cells)
 
 
-def causal_table(rows):
+def steering_table(rows):
     cells = []
     for row in rows:
-        if row.get("steering_share"):
-            share = row["steering_share"]
-            cells.append([row["name"], with_spread(share), against_reference(share),
-                          plain(row["fall"], ".4f"), plain(row["change"], ".4f"),
-                          with_spread(row["specificity"])])
-    return markdown(["causal", "steering, share of the gradient's", "to the SAE",
-                     "ablation: fall", "change with the label", "specificity"], cells)
+        share = row.get("steering_share")
+        if share:
+            cells.append([row["name"], with_spread(share), against_reference(share)])
+    return markdown(["steering", "share of the gradient's", "to the SAE"], cells)
+
+
+def ablation_table(rows):
+    cells = []
+    for row in rows:
+        if row.get("specificity"):
+            cells.append([row["name"], with_spread(row["specificity"]),
+                          against_reference(row["specificity"]),
+                          plain(row["fall"], ".4f"), plain(row["change"], ".4f")])
+    return markdown(["ablation", "specificity", "to the SAE", "fall", "change"], cells)
 
 
 def codes_table(rows):
-    names = ("token_entropy", "token_entropy_by_use", "label_entropy", "label_entropy_by_use",
-             "dead", "rare", "active", "explained")
+    names = {
+        "token_entropy": "token bits",
+        "token_entropy_by_use": "by use",
+        "label_entropy": "label bits",
+        "label_entropy_by_use": "by use",
+        "explained": "explained",
+    }
     cells = []
     for row in rows:
-        if row["codes"]:
-            cells.append([row["name"], *(f"{row['codes'].get(name, math.nan):.3g}"
-                                         for name in names)])
-    return markdown(["codes", *(name.replace("_", " ") for name in names)], cells)
+        codes = row["codes"]
+        if codes:
+            numbers = [f"{codes.get(name, math.nan):.3f}" for name in names]
+            cells.append([row["name"], *map(brief, numbers), f"{codes['active']:.1f}",
+                          f"{codes['dead']:,.0f}", f"{codes['rare']:,.0f}"])
+    return markdown(["codes", *names.values(), "active", "dead", "rare"], cells)
 
 
 def absorption_table(rows):
@@ -1244,9 +1249,32 @@ def absorption_table(rows):
         if row["absorption"]:
             *scores, n_letters = row["absorption"].values()
             cells.append([row["name"], *(f"{score:.3f}" for score in scores), f"{n_letters:.0f}"])
-    if not cells:
-        return []
     return markdown(["absorption", "fraction", "full", "probe F1", "letters"], cells)
+
+
+CONTESTS = {
+    "one_f1": "reading by one feature",
+    "five_f1": "reading by five",
+    "steering_share": "steering",
+    "specificity": "specificity of ablations",
+}
+
+
+def verdict(card, layer):
+    """One sentence on who wins what at a layer, Cayley or the reference row."""
+    row = next(r for r in card["rows"] if (r["layer"], r["name"]) == (layer, "Cayley"))
+    contests = {"ahead": [], "behind": [], "undecided": []}
+    for key, name in CONTESTS.items():
+        number = row.get(key) or {}
+        if number.get("difference_interval"):
+            low, high = number["difference_interval"]
+            outcome = "ahead" if low > 0 else "behind" if high < 0 else "undecided"
+            contests[outcome].append(f"{name} ({brief(format(number['difference'], '+.3f'))})")
+    parts = [f"{outcome} in {', '.join(names)}" for outcome, names in contests.items() if names]
+    losses = {loss["name"]: format(loss["minus_dense"], "+.3f") for loss in card["losses"]}
+    parts.append(f"loss less dense's {brief(losses['Cayley'])} with Cayley in every layer, "
+                 f"{brief(losses[f'dense, TopK SAE in layer {layer}'])} with the SAE in this one")
+    return f"Layer {layer}, Cayley beside the {REFERENCE}: {'; '.join(parts)}."
 
 
 CSV_COLUMNS = ("layer", "row", "number", "mean", "low", "high", "over_seeds", "difference",
@@ -1279,73 +1307,58 @@ def csv_rows(card):
 
 
 def text_of(card):
-    """The card as lines of Markdown."""
-    lines = [f"{key}: {value}" for key, value in card["header"].items()]
+    """The card as lines: Markdown of at most 100 columns, and who wins what at the end."""
+    lines = []
+    for key, value in card["header"].items():
+        lines += textwrap.wrap(f"{key}: {value}", 100, subsequent_indent="  ",
+                               break_long_words=False, break_on_hyphens=False)
     lines += ["", *loss_table(card["losses"])]
-    for layer in sorted({row["layer"] for row in card["rows"]}):
+    layers = sorted({row["layer"] for row in card["rows"]})
+    for layer in layers:
         rows = [row for row in card["rows"] if row["layer"] == layer]
-        lines += ["", f"layer {layer}", "", *probe_table(rows), "", *causal_table(rows), ""]
-        lines += [*codes_table(rows), "", *absorption_table(rows)]
+        tables = [probe_table(rows, "one", "best feature"), probe_table(rows, "five", "5 features"),
+                  steering_table(rows), ablation_table(rows), codes_table(rows)]
+        if any(row["absorption"] for row in rows):
+            tables.append(absorption_table(rows))
+        lines += ["", f"layer {layer}"]
+        for table in tables:
+            lines += ["", *table]
+    for layer in layers:
+        lines += ["", *textwrap.wrap(verdict(card, layer), 100)]
     return lines
 
 
-STYLE = (
-    "text{fill:#222}svg{background:#fff}.grid{stroke:#8884}.bar{stroke:#36c;stroke-width:2}"
-    "circle{fill:#36c}.ours circle{fill:#d60}.ours .bar{stroke:#d60}"
-    "@media(prefers-color-scheme:dark){text{fill:#ddd}svg{background:#111}}"
-)
-PANELS = (
-    ("one_f1", "F1, best feature"),
-    ("five_f1", "F1, 5 features"),
-    ("steering_share", "steering, share of the gradient's"),
-)
+PANELS = {
+    "one_f1": "F1, best feature",
+    "five_f1": "F1, 5 features",
+    "steering_share": "steering, share of the gradient's",
+}
 
 
 def chart(rows):
-    """Scores with their intervals as SVG text, in light and dark; Cayley's rows in orange."""
-    left, panel, gap, line, top = 260, 200, 30, 22, 60
-    height = top + line * len(rows) + 20
-    width = left + len(PANELS) * (panel + gap)
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-             'font-family="sans-serif" font-size="12">', f"<style>{STYLE}</style>"]
-    for number, (key, title) in enumerate(PANELS):
-        x0 = left + number * (panel + gap)
-        parts.append(f'<text x="{x0}" y="20">{title}</text>')
-        for share in (0, 0.5, 1):
-            x = x0 + panel * share
-            parts += [
-                f'<line class="grid" x1="{x}" x2="{x}" y1="{top - 12}" y2="{height - 20}"/>',
-                f'<text x="{x}" y="{top - 20}" text-anchor="middle">{share}</text>',
-            ]
-        for i, row in enumerate(rows):
-            score = row.get(key)
-            if score is None:
-                continue
-            y = top + line * i
-            low, high = score["interval"]
-            ends = [x0 + panel * min(1.0, max(0.0, v)) for v in (low, high, score["mean"])]
-            ours = ' class="ours"' if row["name"].startswith("Cayley") else ""
-            parts.append(f'<g{ours}><line class="bar" x1="{ends[0]:.1f}" x2="{ends[1]:.1f}" '
-                         f'y1="{y}" y2="{y}"/><circle cx="{ends[2]:.1f}" cy="{y}" r="4"/></g>')
+    """Scores with their intervals as SVG text; Cayley's rows stand out."""
     several = len({row["layer"] for row in rows}) > 1
-    for i, row in enumerate(rows):
+    lines = []
+    for row in rows:
         name = f"layer {row['layer']}: {row['name']}" if several else row["name"]
-        parts.append(f'<text x="{left - 12}" y="{top + line * i + 4}" text-anchor="end">'
-                     f"{escape(name)}</text>")
-    return "\n".join(parts + ["</svg>"])
+        scores = []
+        for key in PANELS:
+            score = row.get(key)
+            scores.append(score and [score["mean"], *score["interval"]])
+        lines.append((name, row["name"].startswith("Cayley"), scores))
+    return interval_chart(PANELS.values(), lines)
 
 
 # -----------------------------------------------------------------------------
 # the script
 
 
+AT_LEAST = {"seeds": 1, "sae_tokens": SAE_BATCH, "label_tokens": 1, "fit_tokens": 1,
+            "score_tokens": 1, "causal_tokens": 1, "n_windows": 2, "batch_size": 1}
+
+
 def check_settings():
     """Raise ValueError for a setting that makes no sense, before anything is loaded."""
-    least = {"seeds": 1, "sae_tokens": SAE_BATCH, "label_tokens": 1, "fit_tokens": 1,
-             "score_tokens": 1, "causal_tokens": 1, "n_windows": 2, "batch_size": 1}
-    for key, smallest in least.items():
-        if globals()[key] < smallest:
-            raise ValueError(f"{key}={globals()[key]}: must be at least {smallest}")
     if not 0 < sae_lr < math.inf:
         raise ValueError(f"sae_lr={sae_lr}: must be above 0 and finite")
     if not dense:
@@ -1426,15 +1439,14 @@ def load_pairs(target):
 
 
 def main():
-    config = configure(globals())
+    config = configure(globals(), at_least=AT_LEAST)
     check_settings()
     target = pick_device(device)
     pairs, run_config = load_pairs(target)
     at_layers = chosen_layers(len(pairs[0].cayley.blocks))
     data = load_data(run_config)
     with lock(out_dir):
-        read = [read_pair(pair, data, at_layers)
-                for pair in tqdm(pairs, desc="pairs", unit="pair", disable=None)]
+        read = [read_pair(pair, data, at_layers) for pair in progress(pairs, "pairs")]
         card = {
             "header": header(pairs, data, at_layers),
             "settings": config,
@@ -1443,11 +1455,7 @@ def main():
             "rows": make_rows([rows for _, rows in read], data),
         }
         write_json(os.path.join(out_dir, "scorecard.json"), card)
-        table = io.StringIO(newline="")
-        writer = csv.writer(table)
-        writer.writerow(CSV_COLUMNS)
-        writer.writerows(csv_rows(card))
-        write_text(os.path.join(out_dir, "scorecard.csv"), table.getvalue())
+        write_csv(os.path.join(out_dir, "scorecard.csv"), CSV_COLUMNS, csv_rows(card))
         write_text(os.path.join(out_dir, "scorecard.svg"), chart(card["rows"]))
     print("\n".join(text_of(card)))
 

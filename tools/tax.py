@@ -15,20 +15,18 @@ if not __package__:
     raise SystemExit("from the repository's root: python -m tools.tax")
 
 import csv
-import io
 import math
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from html import escape
 
 import numpy as np
-from tqdm import tqdm
 
 from configurator import configure
 from data import write_text
 from tools import account
+from tools.report import line_chart, markdown, progress, write_csv
 
 # settings, see configurator.py
 config = "configs/demo.py"  # of every run
@@ -171,7 +169,7 @@ def compare(settings, config, common, out_dir, seeds=1, jobs=1, script=TRAIN):
 
     curves = {name: [] for name in settings}
     with ThreadPoolExecutor(jobs) as pool:
-        finished = tqdm(pool.map(run_one, work), total=len(work), unit="run")
+        finished = progress(pool.map(run_one, work), "runs", total=len(work))
         for (name, _), curve in zip(work, finished):
             curves[name].append(curve)
     return curves
@@ -209,10 +207,7 @@ def gaps(runs, others):
 def summarize(curves):
     """The table, as lines of Markdown; gaps are paired by seed."""
     dense, first = list(curves.values())[:2]
-    lines = [
-        "| setting | val loss | gap to dense | to the first setting | tokens for equal loss |",
-        "|---|---|---|---|---|",
-    ]
+    rows = []
     for name, runs in curves.items():
         loss = mean_and_deviation([curve[-1][1] for curve in runs], ".3f")
         to_dense = to_first = multiple = ""
@@ -222,65 +217,26 @@ def summarize(curves):
             multiple = mean_and_deviation(multiples, ".2f") + "x"
         if runs is not dense and runs is not first:
             to_first = mean_and_deviation(gaps(runs, first), ".3f", sign="+")
-        lines.append(f"| {name} | {loss} | {to_dense} | {to_first} | {multiple} |")
-    return lines
-
-
-STYLE = (
-    "text{fill:#222}svg{background:#fff}line{stroke:#8884}"
-    "@media(prefers-color-scheme:dark){text{fill:#ddd}svg{background:#111}}"
-)
+        rows.append([name, loss, to_dense, to_first, multiple])
+    columns = ["setting", "val loss", "gap to dense", "to the first setting",
+               "tokens for equal loss"]
+    return markdown(columns, rows)
 
 
 def chart(curves):
-    """Mean val loss against tokens as SVG text, in light and dark."""
-    width, height, left, top, right, bottom = 760, 420, 60, 20, 200, 50
-    mean = {name: np.mean(runs, axis=0) for name, runs in curves.items()}  # (evaluations, 2)
+    """Mean val loss against tokens as SVG text."""
     # the untrained model's loss would flatten the rest
-    shown = np.concatenate([curve[1:] for curve in mean.values()])
-    last_tokens = shown[:, 0].max()
-    low, high = shown[:, 1].min(), shown[:, 1].max()
-
-    def place(tokens, loss):
-        x = left + (width - left - right) * tokens / last_tokens
-        y = top + (height - top - bottom) * (high - loss) / max(high - low, 1e-9)
-        return x, y
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-        'font-family="sans-serif" font-size="12">',
-        f"<style>{STYLE}</style>",
-    ]
-    for i in range(6):
-        tokens = last_tokens * i / 5
-        loss = low + (high - low) * i / 5
-        x, y = place(tokens, loss)
-        parts += [
-            f'<line x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>',
-            f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{loss:.2f}</text>',
-            f'<text x="{x:.1f}" y="{height - 32}" text-anchor="middle">{tokens / 1e6:.3g}M</text>',
-        ]
-    for i, (name, curve) in enumerate(mean.items()):
-        colour = f"hsl({i * 360 / len(mean):.0f} 65% 48%)"
-        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*row) for row in curve[1:]))
-        parts += [
-            f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>',
-            f'<text x="{width - right + 10}" y="{top + 12 + 16 * i}" style="fill:{colour}">'
-            f"{escape(name[:34])}</text>",
-        ]
-    parts.append(f'<text x="{left}" y="{height - 10}">tokens; val loss in nats per token</text>')
-    return "\n".join(parts + ["</svg>"])
+    mean = {name: np.mean(runs, axis=0)[1:] for name, runs in curves.items()}  # (evaluations, 2)
+    return line_chart(mean, "tokens; val loss in nats per token")
 
 
 def report(curves, out_dir):
     """Write tax.csv and tax.svg to out_dir; print each evaluation's mean losses and the table."""
-    table = io.StringIO(newline="")
-    writer = csv.writer(table)
-    writer.writerow(("setting", "seed", "tokens", "val_loss"))
+    rows = []
     for name, runs in curves.items():
         for seed, curve in enumerate(runs):
-            writer.writerows((name, seed, tokens, loss) for tokens, loss in curve)
-    write_text(os.path.join(out_dir, "tax.csv"), table.getvalue())
+            rows += [(name, seed, tokens, loss) for tokens, loss in curve]
+    write_csv(os.path.join(out_dir, "tax.csv"), ("setting", "seed", "tokens", "val_loss"), rows)
     write_text(os.path.join(out_dir, "tax.svg"), chart(curves))
     first_run = next(iter(curves.values()))[0]
     for i, (tokens, _) in enumerate(first_run):

@@ -1,6 +1,6 @@
 """
 TopK SAEs, and Matryoshka TopK SAEs, that are fitted to a model's activations afterwards: what
-scorecard.py compares a CayleySAE with. It needs torch and cayley.Codes alone.
+scorecard.py compares a CayleySAE with.
 
     sae = TopKSAE(d, n_features, k)
     fit_saes([sae], ([x] for x in batches), n_steps, lr=5e-3)    # x (N, d)
@@ -11,9 +11,9 @@ import math
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from cayley import Codes
+from tools.report import progress
 
 
 class TopKSAE(nn.Module):
@@ -106,7 +106,7 @@ def fit_saes(saes, inputs, n_steps, lr):
     """
     optimizers = [torch.optim.Adam(sae.parameters(), lr=lr, eps=6.25e-10) for sae in saes]
     steps = zip(range(n_steps), inputs)
-    for step, of_saes in tqdm(steps, total=n_steps, desc="SAEs", leave=False, disable=None):
+    for step, of_saes in progress(steps, f"{len(saes)} SAEs", total=n_steps):
         now = lr * min(1, (step + 1) / (0.05 * n_steps), (n_steps - step) / (0.2 * n_steps))
         for sae, optimizer, x in zip(saes, optimizers, of_saes):
             if step == 0:

@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from variants import fitted_sae, one_layer, read_command  # noqa: E402
 
-from model import pick_device  # noqa: E402
+from checkpoint import pick_device  # noqa: E402
 from tools import scorecard  # noqa: E402
 from tools.evals import covariances, explained  # noqa: E402
 
@@ -30,6 +30,8 @@ def choose(tokens, lr, batch):
     """Have the next SAE fitted so. Raises ValueError for what makes no sense."""
     if batch < 1:
         raise ValueError(f"batch={batch}: must be at least 1")
+    if tokens < batch:
+        raise ValueError(f"sae_tokens={tokens}: must be at least a batch, {batch}")
     scorecard.sae_tokens = tokens
     scorecard.sae_lr = lr
     scorecard.SAE_BATCH = batch

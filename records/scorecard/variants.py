@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from model import pick_device  # noqa: E402
+from checkpoint import pick_device  # noqa: E402
 from tools import scorecard  # noqa: E402
 
 NUMBERS = ("one_f1", "five_f1", "steering_share", "specificity")
@@ -37,10 +37,15 @@ def numbers_of(reader, arm, modules, loss_of_dense):
 
 
 def read_command(doc):
-    """Set scorecard.py from the command line -> the other arguments; doc: what --help prints."""
+    """
+    Set scorecard.py from the command line -> the other arguments; doc: what --help prints.
+
+    Raises ValueError as scorecard.py does.
+    """
     settings = [word for word in sys.argv[1:] if word.startswith("--")]
     scorecard.__doc__ = doc
-    scorecard.configure(vars(scorecard), settings)
+    scorecard.configure(vars(scorecard), settings, at_least=scorecard.AT_LEAST)
+    scorecard.check_settings()
     return [word for word in sys.argv[1:] if not word.startswith("--")]
 
 
@@ -60,7 +65,6 @@ def fitted_sae(model, data, layer, shape):
 
 def main():
     variants = [word.partition(": ") for word in read_command(__doc__)]
-    scorecard.check_settings()
     if not variants or not all(path for _, _, path in variants):
         raise ValueError('give one or more checkpoints as "name: cayley.pt"')
     target = pick_device(scorecard.device)
