@@ -100,7 +100,7 @@ def export_hf(model, checkpoint, directory):
     encoding = get_tokenizer(config["tokenizer"])
     tensors = {f"gpt.{name}": tensor for name, tensor in untied(model).items()}
     write_safetensors(path("model.safetensors"), tensors)
-    write_text(path(f"{MODELING}.py"), inlined_source(["cayley", "model", "hf_model"]))
+    write_text(path(f"{MODELING}.py"), inlined_source(["cayley", "model", "tools.hf_model"]))
     for name, value in hf_configs(model, encoding).items():
         write_json(path(name), value)
     write_json(path("tokenizer.json"), tokenizer_json(encoding))

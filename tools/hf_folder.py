@@ -45,7 +45,7 @@ def without_imports(source, inlined, others):
 
 def inlined_source(names):
     """
-    Modules of the top level, such as "model", as one file that imports none of them.
+    Modules such as "model" and "tools.hf_model" as one file that imports none of them.
 
     PyTorch knows operators by name in a whole process: theirs get a number of this source, so that
     two versions in one process don't mix.
@@ -54,7 +54,7 @@ def inlined_source(names):
     files = {file.removesuffix(".py") for file in os.listdir(root) if file.endswith(".py")}
     parts = []
     for name in names:
-        source = read_text(os.path.join(root, f"{name}.py"))
+        source = read_text(os.path.join(root, *name.split(".")) + ".py")
         parts.append(without_imports(source, set(names), files - set(names)))
     source = "\n\n\n".join(parts) + "\n"
     digest = hashlib.sha256(source.encode()).hexdigest()[:8]
