@@ -7,17 +7,16 @@ file of a folder that AutoModelForCausalLM.from_pretrained(folder, trust_remote_
 import contextlib
 import math
 from dataclasses import fields
-from types import MethodType
 
 import torch
 import torch.nn as nn
-from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from cayley import CayleySAE
-from model import GPT, GPTConfig
+from model import GPT, Block, GPTConfig
 
 EVERY_ROW = slice(None)
 # transformers calls it "cache" from 5.24 on, and "past_key_values" before
@@ -39,7 +38,7 @@ class CayleyGPTConfig(PretrainedConfig):
         for field in fields(GPTConfig):
             setattr(self, field.name, settings.pop(field.name, field.default))
         self.use_cache = settings.pop("use_cache", True)
-        super().__init__(**settings)
+        super().__init__(**{"tie_word_embeddings": True, **settings})
 
 
 # -----------------------------------------------------------------------------
@@ -174,12 +173,8 @@ def add_together(groups, B):
 # -----------------------------------------------------------------------------
 # the model
 
-def checkpointed_forward(block, x, cache=None, layer=None):
-    """A Block's forward that keeps nothing but x for the backward, see gradient checkpointing."""
-    forward = type(block).forward
-    if not block.gradient_checkpointing or not block.training or cache is not None:
-        return forward(block, x, cache, layer)
-    return block.checkpoint(forward, block, x)
+class CheckpointedBlock(GradientCheckpointingLayer, Block):
+    """A Block that keeps nothing but x for the backward, once gradient checkpointing is enabled."""
 
 
 class CayleyGPTForCausalLM(PreTrainedModel, GenerationMixin):
@@ -191,19 +186,26 @@ class CayleyGPTForCausalLM(PreTrainedModel, GenerationMixin):
     """
 
     config_class = CayleyGPTConfig
+    base_model_prefix = "gpt"
     _tied_weights_keys = {"gpt.lm_head.weight": "gpt.wte.weight"}
-    _no_split_modules = ["Block"]
+    _no_split_modules = ["CheckpointedBlock"]
     _supports_sdpa = True
     supports_gradient_checkpointing = True
 
     def __init__(self, config):
-        if not config.tie_word_embeddings:
-            raise ValueError("tie_word_embeddings=False: this model's embeddings are tied")
         super().__init__(config)
         settings = {field.name: getattr(config, field.name) for field in fields(GPTConfig)}
         self.gpt = GPT(GPTConfig(**settings))
+        for block in self.gpt.blocks:
+            block.__class__ = CheckpointedBlock
+        for sae in self.gpt.saes():
+            for name, buffer in sae.named_buffers(recurse=False):
+                if buffer.is_floating_point():  # in half precision sums of squares overflow
+                    setattr(sae, name, buffer.float())
+        # two parameters, since transformers ties them itself, after loading
+        self.gpt.lm_head.weight = nn.Parameter(self.gpt.wte.weight.detach().clone())
         self.post_init()
-        # the layers' statistics stay wide; set here because transformers 4 checks it for modules
+        # the statistics' dtype in loading; set here because transformers 4 checks it for modules
         self._keep_in_fp32_modules_strict = {"mean", "var"}
 
     def _init_weights(self, module):
@@ -239,14 +241,6 @@ class CayleyGPTForCausalLM(PreTrainedModel, GenerationMixin):
         self.gpt.config.vocab_size = self.config.vocab_size
         self.generation_config.suppress_tokens = None
         return embeddings
-
-    def _set_gradient_checkpointing(
-        self, enable=True, gradient_checkpointing_func=checkpoint, every_n_layers=1
-    ):
-        for layer, block in enumerate(self.gpt.blocks):
-            block.gradient_checkpointing = enable and layer % every_n_layers == 0
-            block.checkpoint = gradient_checkpointing_func
-            block.forward = MethodType(checkpointed_forward, block)
 
     def create_masks_for_generate(self, attention_mask=None, **others):
         """generate() would make masks (B, 1, T, keys) for a static cache: forward takes (B, T)."""
@@ -296,6 +290,8 @@ class CayleyGPTForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache = self.config.use_cache and not self.training
         if use_cache and cache is None:
             cache = DynamicCache()
+        if cache is not None and self._is_checkpointing():
+            raise ValueError("use_cache: gradient checkpointing would read the tokens twice")
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if return_dict is None:
@@ -327,6 +323,11 @@ class CayleyGPTForCausalLM(PreTrainedModel, GenerationMixin):
             loss=loss, logits=logits, hidden_states=tuple(states) or None, **{CACHE: cache}
         )
         return output if return_dict else output.to_tuple()
+
+    def _is_checkpointing(self):
+        """Whether a backward would repeat the blocks' forwards."""
+        enabled = any(block.gradient_checkpointing for block in self.gpt.blocks)
+        return enabled and self.training and torch.is_grad_enabled()
 
     def _read(self, ids, embeds, paddings, cache, n_logits, with_states):
         """
