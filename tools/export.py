@@ -45,7 +45,7 @@ from configurator import configure
 from data import atomic, get_tokenizer, new_directory, run_windows, write_json, write_text
 from tools import features
 from tools.evals import mean_and_error, window_losses
-from tools.hf_folder import MODELING, hf_configs, inlined_source, tokenizer_json
+from tools.hf_folder import MODELING, hf_configs, inlined_source
 from tools.model_card import model_card, read_run
 
 # settings, see configurator.py
@@ -100,10 +100,9 @@ def export_hf(model, checkpoint, directory):
     encoding = get_tokenizer(config["tokenizer"])
     tensors = {f"gpt.{name}": tensor for name, tensor in untied(model).items()}
     write_safetensors(path("model.safetensors"), tensors)
-    write_text(path(f"{MODELING}.py"), inlined_source(["cayley", "model", "hf_model"]))
+    write_text(path(f"{MODELING}.py"), inlined_source(["cayley", "model", "tools.hf_model"]))
     for name, value in hf_configs(model, encoding).items():
         write_json(path(name), value)
-    write_json(path("tokenizer.json"), tokenizer_json(encoding))
     run, rows, scores = read_run(ckpt if os.path.isdir(ckpt) else os.path.dirname(ckpt))
     name = os.path.basename(os.path.abspath(out_dir))
     card = model_card(name, model, checkpoint, run, rows, scores)

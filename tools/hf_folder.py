@@ -9,7 +9,9 @@ import os
 from data import read_text
 
 END_OF_TEXT = "<|endoftext|>"
+PADDING = "<|padding|>"
 MODELING = "modeling_cayley_gpt"
+TESTED = ("4.57.6", "5.24.0")  # releases of transformers that tests/test_export.py runs with
 
 
 # -----------------------------------------------------------------------------
@@ -45,20 +47,20 @@ def without_imports(source, inlined, others):
 
 def inlined_source(names):
     """
-    Modules of the top level, such as "model", as one file that imports none of them.
+    Modules such as "model" and "tools.hf_model" as one file that imports none of them.
 
-    PyTorch knows operators by name in a whole process: theirs get a number of this source, so that
-    two versions in one process don't mix.
+    PyTorch knows operators by name in a whole process, and one that is defined again takes the
+    first one's from under its model: theirs get a number of this source and of the module's name.
     """
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     files = {file.removesuffix(".py") for file in os.listdir(root) if file.endswith(".py")}
-    parts = []
+    parts = ["import zlib\n\nMODULE = zlib.crc32(__name__.encode())"]
     for name in names:
-        source = read_text(os.path.join(root, f"{name}.py"))
+        source = read_text(os.path.join(root, *name.split(".")) + ".py")
         parts.append(without_imports(source, set(names), files - set(names)))
     source = "\n\n\n".join(parts) + "\n"
     digest = hashlib.sha256(source.encode()).hexdigest()[:8]
-    return source.replace('custom_op("cayley::', f'custom_op("cayley_{digest}::')
+    return source.replace('custom_op("cayley::', f'custom_op("cayley_{digest}_" f"{{MODULE}}::')
 
 
 # -----------------------------------------------------------------------------
@@ -83,8 +85,18 @@ def merged_pair(token, ranks):
     return parts
 
 
-def tokenizer_json(encoding):
-    """tokenizer.json, for the tokenizers library, of a tiktoken Encoding: "gpt2" or "bytes"."""
+def special_token(number, content):
+    """A special token of tokenizer.json."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": number, "content": content, "special": True, **flags}
+
+
+def tokenizer_json(encoding, padding=None):
+    """
+    tokenizer.json, for the tokenizers library, of a tiktoken Encoding: "gpt2" or "bytes".
+
+    padding: the id of padding, None where there is none but end of text.
+    """
     characters = byte_characters()
 
     def written(token):
@@ -95,14 +107,14 @@ def tokenizer_json(encoding):
     merges = [merged_pair(token, ranks) for token in tokens if len(token) > 1]
     words = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     words["use_regex"] = encoding.name == "gpt2"  # bytes are not divided into words
-    end_of_text = {"id": encoding.eot_token, "content": END_OF_TEXT, "special": True}
-    for flag in ("single_word", "lstrip", "rstrip", "normalized"):
-        end_of_text[flag] = False
+    special = [special_token(encoding.eot_token, END_OF_TEXT)]
+    if padding is not None:
+        special.append(special_token(padding, PADDING))
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [end_of_text],
+        "added_tokens": special,
         "normalizer": None,
         "pre_tokenizer": words,
         "post_processor": None,
@@ -124,10 +136,18 @@ def tokenizer_json(encoding):
 # -----------------------------------------------------------------------------
 # settings
 
+def padding_id(model, encoding):
+    """The first id of the vocabulary that no text has; None where every id is a token."""
+    return encoding.n_vocab if encoding.n_vocab < model.config.vocab_size else None
+
+
 def hf_configs(model, encoding):
-    """What the folder's .json files hold, {name: value}, tokenizer.json aside."""
+    """What the folder's .json files hold, {name: value}."""
     end = encoding.eot_token
-    special = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    padding = padding_id(model, encoding)
+    has_padding = padding is not None
+    special = {"bos_token_id": end, "eos_token_id": end}
+    special["pad_token_id"] = padding if has_padding else end
     padding_ids = list(range(encoding.n_vocab, model.config.vocab_size))
     return {
         "config.json": {
@@ -139,6 +159,8 @@ def hf_configs(model, encoding):
             "model_type": "cayley_gpt",
             "dtype": "float32",
             "tie_word_embeddings": True,
+            "transformers_version": TESTED[-1],
+            "tested_with_transformers": list(TESTED),
             **vars(model.config),
             **special,
         },
@@ -150,10 +172,11 @@ def hf_configs(model, encoding):
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": END_OF_TEXT,
             "eos_token": END_OF_TEXT,
-            "pad_token": END_OF_TEXT,
+            "pad_token": PADDING if has_padding else END_OF_TEXT,
             "padding_side": "left",
             "model_max_length": model.config.block_size,
             "model_input_names": ["input_ids", "attention_mask"],
             "clean_up_tokenization_spaces": False,
         },
+        "tokenizer.json": tokenizer_json(encoding, padding),
     }
