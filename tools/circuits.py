@@ -79,7 +79,7 @@ from tools.attribution import (
     with_permuted,
 )
 from tools.circuit_graph import Node, make_graph, write_graph
-from tools.tasks import TASKS, Example, as_contexts, make_contexts, tokenized
+from tools.tasks import IN_DOCUMENTS, TASKS, Example, as_contexts, make_contexts, tokenized
 from tools.topk_sae import TopKSAE, fit_saes
 
 # settings, see configurator.py
@@ -551,7 +551,8 @@ def run_tasks(target):
     """Print the tasks' tables; write circuits.json, .csv and .svg."""
     rows, config = load_rows(target)
     encoding = get_tokenizer(config["tokenizer"])
-    documents = read_documents(config, encoding)
+    needed = any(TASKS[name] in IN_DOCUMENTS for name in task_names())
+    documents = read_documents(config, encoding) if needed else []
     results = []
     for name in task_names():
         try:
@@ -577,15 +578,17 @@ def run_tasks(target):
 
 def prompt_contexts(encoding, block_size):
     """Contexts of the one prompt. Raises ValueError if they can't be made."""
-    if wrong:
-        row = tokenized(Example(prompt, patch, answer, wrong), encoding, block_size)
-        if row is None:
-            raise ValueError("--prompt and --patch must be of as many tokens but not the same, and "
-                             "--answer and --wrong begin with different ones after both")
-        return as_contexts([row], encoding.eot_token)
-    ids = [encoding.eot_token, *encoding.encode_ordinary(prompt)][-block_size:]
-    token = encoding.encode_ordinary(answer)[0]
-    return as_contexts([(ids, ids, token, -1)], encoding.eot_token)
+    ids = [encoding.eot_token, *encoding.encode_ordinary(prompt)]
+    if len(ids) > block_size:
+        raise ValueError(f"the prompt has {len(ids)} tokens with end of text, more than "
+                         f"block_size={block_size}")
+    if not wrong:
+        return as_contexts([(ids, ids, encoding.encode_ordinary(answer)[0], -1)], ids[0])
+    row = tokenized(Example(prompt, patch, answer, wrong), encoding, block_size)
+    if row is None:
+        raise ValueError("--prompt and --patch must be of as many tokens but not the same, and "
+                         "--answer and --wrong begin with different ones after both")
+    return as_contexts([row], ids[0])
 
 
 def prediction(logits, contexts, n, at_all, at_none, encoding):
