@@ -349,16 +349,16 @@ def walsh_hadamard(y):
 
 
 # -----------------------------------------------------------------------------
-# three operators: select the active features, combine atoms, project on atoms. combine is the
-# adjoint of project and of select's products. torch.compile takes each as one node: no graph
-# break, and the loop over chunks isn't unrolled.
+# the operators: select the active features, combine atoms, project on atoms, and the biases'
+# gradient. combine is the adjoint of project and of select's products. torch.compile takes each as
+# one node: no graph break, and the loop over chunks isn't unrolled.
 
 
 def _autocast_off(device):
-    """Inside the operators dtypes are explicit. Some device types (meta) have no autocast."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
+    """Inside the operators dtypes are explicit. The meta device has no autocast."""
+    if device.type == "meta":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 @functools.cache
@@ -523,22 +523,43 @@ def torch_combine(ids: Tensor, weights: Tensor, t: int, n: int) -> Tensor:
 
 def torch_project(y: Tensor, ids: Tensor, t: int, n: int) -> Tensor:
     """Products <y, sqrt(d) phi>: y (N, 2^t), ids (N, K) of the n-bit level -> (N, K)."""
+    dtype = y.dtype
+    if y.is_cuda and dtype == torch.bfloat16:
+        dtype = torch.float32  # CUDA has no bfloat16 of the operator below
     out = y.new_empty(ids.shape)
-    for tokens, rows, index in _atom_rows(ids, t, n, y.dtype, y.device):
+    for tokens, rows, index in _atom_rows(ids, t, n, dtype, y.device):
         N, K = index.shape
         bags = torch.arange(N, device=y.device)
         # These products are embedding_bag's gradient for its weights, an operator without a public
         # name. The public way, rows[index] @ y, copies (N, K, d): 3.8x the time at d=1024 on a CPU.
         out[tokens] = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            y[tokens], rows, index.flatten(), bags * K, bags.repeat_interleave(K), 0
+            y[tokens].to(dtype), rows, index.flatten(), bags * K, bags.repeat_interleave(K), 0
         ).view_as(index)
     return out
 
 
-# the operators; cayley_triton.py, where it is imported, registers its kernels for CUDA
+# cayley_triton.py, where it is imported, registers its kernels for CUDA
 select = torch.library.custom_op("cayley::select", torch_select, mutates_args=())
 combine = torch.library.custom_op("cayley::combine", torch_combine, mutates_args=())
 project = torch.library.custom_op("cayley::project", torch_project, mutates_args=())
+
+
+@torch.library.custom_op("cayley::sum_by_index", mutates_args=())
+def sum_by_index(values: Tensor, index: Tensor, n: int) -> Tensor:
+    """
+    Sums of values (M,) of equal index (M,) -> (n,), the same in whatever order a GPU adds them.
+
+    Of integers every order has the same sum: values are cut off to multiples of the largest |value|
+    times 2^-s, with M <= 2^(62 - s), so that no sum overflows. For M = 2^21, s is 41, where fp32
+    loses up to 2^-24 of a sum at each addition. A value that is not finite makes all sums so.
+    """
+    if len(values) == 0:
+        return values.new_zeros(n)
+    bits = 62 - (len(values) - 1).bit_length()
+    unit = values.abs().amax().double() * 2.0**-bits
+    whole = (values.double() / unit).long()
+    sums = torch.zeros(n, dtype=torch.int64, device=values.device)
+    return (sums.index_add_(0, index, whole) * unit).to(values.dtype)
 
 
 @select.register_fake
@@ -555,6 +576,11 @@ def _(ids, weights, t, n):
 @project.register_fake
 def _(y, ids, t, n):
     return y.new_empty(ids.shape)
+
+
+@sum_by_index.register_fake
+def _(values, index, n):
+    return values.new_empty(n)
 
 
 def _deepest(ids, ns):
@@ -597,6 +623,35 @@ select.register_autograd(_select_backward, setup_context=_select_setup)
 combine.register_autograd(_combine_backward, setup_context=_combine_setup)
 
 
+def _sums_by(index, values, n):
+    """Sums of values (M,) of equal index (M,) -> (n,), the same on every run."""
+    if values.is_cuda:
+        return sum_by_index(values, index, n)
+    return values.new_zeros(n).index_add_(0, index, values)
+
+
+class _Gather(torch.autograd.Function):
+    """_gather with a gradient that is the same on every run of a GPU."""
+
+    @staticmethod
+    def forward(ctx, bias, features):
+        ctx.save_for_backward(features)
+        ctx.n_features = len(bias)
+        return bias.index_select(0, features)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (features,) = ctx.saved_tensors
+        return sum_by_index(grad, features, ctx.n_features), None
+
+
+def _gather(bias, features):
+    """bias (F,), features (M,) -> bias[features]."""
+    if bias.is_cuda and torch.is_grad_enabled():
+        return _Gather.apply(bias, features)
+    return bias.index_select(0, features)
+
+
 # -----------------------------------------------------------------------------
 # the layer
 
@@ -619,9 +674,8 @@ class Record(NamedTuple):
 
 def _autocast_dtype(device):
     """The dtype of the autocast that is on for this type of device; None where none is."""
-    device_type = device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
     return None
 
 
@@ -700,7 +754,8 @@ class CayleySAE(nn.Module):
             "pending_rows": torch.zeros(1),
             "pending_x": torch.zeros(n_embd),
             "pending_xx": torch.zeros(n_embd, n_embd),
-            "pending_counts": torch.zeros(n_features, dtype=torch.int64),
+            # of 32 bits: torch.compile would sort 64-bit ones, an eighth of a step on an H100
+            "pending_counts": torch.zeros(n_features, dtype=torch.int32),
             "skipped_updates": torch.zeros(1, dtype=torch.int64),  # see update_stats
         }
         for name, zeros in pending.items():
@@ -740,7 +795,7 @@ class CayleySAE(nn.Module):
         features = self._among_all(ids)
         if self.forward_standardized:
             values = values * scale[features] + shift[features]
-        values = values + self.bias.index_select(0, features.flatten()).view_as(values)
+        values = values + _gather(self.bias, features.flatten()).view_as(values)
         if self.training and not _recomputing():
             self._accumulate(x, features)
         codes = []
@@ -808,7 +863,7 @@ class CayleySAE(nn.Module):
     @torch.no_grad()
     def _accumulate(self, x, features):
         features = features.flatten()
-        self.pending_counts.index_add_(0, features, torch.ones_like(features))
+        self.pending_counts.index_add_(0, features, torch.ones_like(features, dtype=torch.int32))
         if not self.score_standardize:
             return
         stride = self.stats_stride if x.dim() > 2 else 1
@@ -829,9 +884,11 @@ class CayleySAE(nn.Module):
         """
         label = _label_tensor(self.t, self.n, self.mean.device)
         pairs = label[:, None] ^ label  # (d, d)
-        sums = self.mean.new_zeros(2**self.n, 2)
-        sums[:, 0].index_add_(0, label, self.pending_x)
-        sums[:, 1].index_add_(0, pairs.flatten(), self.pending_xx.flatten())
+        sums = (
+            _sums_by(label, self.pending_x, 2**self.n),
+            _sums_by(pairs.flatten(), self.pending_xx.flatten(), 2**self.n),
+        )
+        sums = torch.stack(sums, 1)  # (2^n, 2)
         first, second = (walsh_hadamard(sums) / self.pending_rows.clamp_min(1)).unbind(1)
         strides = [2 ** (self.n - level.n) for level in self.levels]  # p is p << shift below
         mean = torch.cat([first[::stride] for stride in strides]) * 2 ** (-self.t / 2)

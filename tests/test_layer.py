@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from cayley import CayleySAE, Edit, Level, label_bits, plain_encode
+from cayley import CayleySAE, Edit, Level, _Gather, label_bits, plain_encode, sum_by_index
 from model import GPT, GPTConfig
 
 LEVELS = "5,4,0;9,5,16"
@@ -142,6 +142,38 @@ def test_activation_checkpointing_counts_once(reentrant):
 
 # -----------------------------------------------------------------------------
 # devices and errors
+
+
+def test_sums_on_cuda_do_not_depend_on_the_order_of_additions():
+    torch.manual_seed(0)
+    features = torch.randint(50, (4000,))
+    values = torch.randn(4000) * torch.rand(50)[features] ** 4
+    sums = sum_by_index(values, features, 60)
+    order = torch.randperm(4000)
+    assert torch.equal(sum_by_index(values[order], features[order], 60), sums)
+    exact = torch.zeros(60, dtype=torch.float64).index_add_(0, features, values.double())
+    torch.testing.assert_close(sums, exact.float(), atol=1e-9, rtol=1e-7)
+    tiny = 1e-30 * values
+    torch.testing.assert_close(sum_by_index(tiny, features, 60) * 1e30, sums)
+    assert not sum_by_index(0 * values, features, 60).any()
+    assert not sum_by_index(values[:0], features[:0], 60).any()
+    for bad in (float("nan"), float("inf")):
+        values[7] = bad
+        assert not sum_by_index(values, features, 60)[features[7]].isfinite()
+
+
+def test_the_biases_gradient_is_that_of_indexing():
+    torch.manual_seed(0)
+    bias = torch.randn(50, requires_grad=True)
+    features = torch.randint(50, (4000,))
+    weight = torch.randn(4000)
+    (expected,) = torch.autograd.grad((bias.double()[features] * weight).sum(), bias)
+    compiled = torch.compile(_Gather.apply, fullgraph=True, backend="aot_eager")
+    for gather in (_Gather.apply, compiled):
+        values = gather(bias, features)
+        assert torch.equal(values, bias[features])
+        (gradient,) = torch.autograd.grad((values * weight).sum(), bias)
+        torch.testing.assert_close(gradient, expected)
 
 
 def test_shapes_on_a_device_that_is_neither_cpu_nor_cuda():
