@@ -132,6 +132,7 @@ class Muon(torch.optim.Optimizer):
             for (p, where), u in zip(matrices, update):
                 if p.grad is not None:
                     p[where].mul_(decay).add_(u, alpha=-scale)
+        return loss
 
     def state_dict(self):
         full = {p: torch.zeros_like(p) for p in self.param_groups[0]["params"]}

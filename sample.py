@@ -18,7 +18,7 @@ import torch
 from cayley import Edit
 from checkpoint import load_model, pick_device
 from configurator import configure
-from data import get_tokenizer, read_text
+from data import encode, get_tokenizer, read_text
 
 # settings, see configurator.py
 ckpt = "out/ckpt.pt"  # or a directory with a ckpt.pt
@@ -95,7 +95,7 @@ def main():
     prompt = read_text(start[5:]) if start.startswith("FILE:") else start
     model, config = load_model(ckpt, target)
     encoding = get_tokenizer(config["tokenizer"])
-    ids = [encoding.eot_token] + encoding.encode_ordinary(prompt)
+    ids = [encoding.eot_token] + encode(encoding, prompt)
     block_size = model.config.block_size
     if len(ids) > block_size:
         raise ValueError(f"the prompt has {len(ids)} tokens with end of text, more than "
