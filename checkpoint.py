@@ -165,6 +165,21 @@ def write_config(config, hardware):
     })
 
 
+def start_wandb(config, state):
+    """A wandb run, the same one again after a resume. Raises ValueError where wandb refuses."""
+    import wandb
+    name = os.path.basename(config["out_dir"])
+    same = {"id": state["wandb_id"] or None, "resume": "allow"}
+    try:
+        run = wandb.init(project=config["wandb_project"], name=name, config=config, **same)
+    except wandb.Error as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"wandb_log=True, but wandb refuses ({reason}): wandb login, or "
+                         "--wandb_log=False") from None
+    state["wandb_id"] = run.id
+    return run
+
+
 class Log:
     """
     Rows of out_dir/log.csv, and wandb where config switches it on.
@@ -183,11 +198,7 @@ class Log:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows({key: row.get(key, "") for key in columns} for row in rows)
-        self.wandb = None
-        if config["wandb_log"]:
-            import wandb
-            name = os.path.basename(config["out_dir"])
-            self.wandb = wandb.init(project=config["wandb_project"], name=name, config=config)
+        self.wandb = start_wandb(config, state) if config["wandb_log"] else None
 
     def _read(self, state):
         """The rows before state's iter, and its evaluation. Raises ValueError for another file."""
@@ -280,7 +291,7 @@ def resume(config, state, model, optimizer, windows):
     ckpt = os.path.join(config["out_dir"], "ckpt.pt")
     try:
         checkpoint = load_checkpoint(last)
-        needed = {"optimizer", "rng", *state} - {"parity_start"}  # which is newer
+        needed = {"optimizer", "rng", *state} - {"parity_start", "wandb_id"}  # they are newer
         missing = needed - checkpoint.keys()
         if missing:
             raise ValueError(f"{last}: it lacks {', '.join(sorted(missing))}")
@@ -340,6 +351,9 @@ def load_checkpoint(path, device="cpu"):
         text = str(error).strip()
         reason = text.splitlines()[0][:200] if text else type(error).__name__
         raise ValueError(f"{path}: not a readable checkpoint ({reason})") from None
+    if missing and {"model_config", "iter_num"} <= checkpoint.keys():
+        raise ValueError(f"{path}: a checkpoint of the published models' own code, whose "
+                         "dictionary isn't known to be this one: it can't be read here")
     if missing:
         names = ", ".join(sorted(missing))
         raise ValueError(f"{path}: not a checkpoint of train.py, it lacks {names}")

@@ -11,7 +11,6 @@ names that begin with "_" and modules are its own. On the command line '--key=va
 settings. From then on a ValueError or OSError ends the script with one line and status 1.
 """
 import ast
-import contextlib
 import difflib
 import glob
 import json
@@ -64,9 +63,14 @@ def one_line(kind, error, traceback):
 
 
 def say(*words, file=None):
-    """As print: a full disk, or a reader that has gone, stops no run."""
-    with contextlib.suppress(OSError):
-        print(*words, file=file, flush=True)
+    """As print, at once; a full disk, or a reader that has gone, stops no run."""
+    stream = file or sys.stdout
+    try:
+        print(*words, file=stream, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # nobody will read any more
+    except OSError:
+        pass  # what is left of it is written with the next
 
 
 # -----------------------------------------------------------------------------
@@ -180,6 +184,8 @@ def configure(
     ValueError naming what is wrong, and where.
     """
     sys.excepthook = one_line
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a character that the terminal's encoding lacks
     argv = list(sys.argv[1:] if argv is None else argv)
     settings = {}
     for key, value in namespace.items():

@@ -227,6 +227,7 @@ state = {  # where the run stands, beside weights and optimizer: saved and resto
     "evaluated": -1,  # the last iteration with an evaluation
     "best_val_loss": math.inf,
     "parity_start": -1,  # where parity's warmdown began; -1: not yet
+    "wandb_id": "",
 }
 
 
@@ -497,6 +498,4 @@ if dist.is_initialized():
     dist.destroy_process_group()
     # Not by Python's own end: gloo's threads need the interpreter to let go of the last tensors,
     # and hang or abort there.
-    sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(0)

@@ -178,6 +178,27 @@ def test_rows_are_appended_whole_or_not_at_all(tmp_path):
     assert path.read_bytes() == b"header\n1,2,3,4\n"
 
 
+def test_a_full_disk_under_standard_output_stops_no_run(data_dir, whole, disk, tmp_path):
+    fill(disk)
+    with open(disk / "filler", "ab") as log:
+        command = train_command(data_dir, tmp_path / "run", **SETTINGS)
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+        )
+        process.communicate()
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["iter"] == 80
+    assert same_rows(tmp_path / "run", whole)
+
+
+def test_a_reader_that_goes_stops_no_run(data_dir, whole, tmp_path):
+    process = start(data_dir, tmp_path / "run")
+    process.stdout.readline()
+    process.stdout.close()
+    error = process.stderr.read()
+    assert process.wait() == 0, error
+    assert same_rows(tmp_path / "run", whole)
+
+
 def test_an_atomic_file_leaves_nothing_on_a_full_disk(disk):
     path = disk / "file.json"
     data.write_json(path, [1])

@@ -22,6 +22,7 @@ from conftest import (
 
 from checkpoint import load_model
 from data import Windows
+from tools.account import train_settings
 
 
 def copy_of(run, tmp_path):
@@ -127,6 +128,26 @@ def test_a_setting_newer_than_the_checkpoint_had_its_default(trained, data_dir, 
     assert result.returncode == 1 and "forward_standardized=True, not False" in result.stderr
 
 
+@pytest.mark.parametrize("weight", [0, 0.5])
+def test_a_setting_that_the_layer_no_longer_has(trained, data_dir, tmp_path, weight):
+    """Checkpoints that carry it switched off go on, others are refused."""
+    run = copy_of(trained, tmp_path)
+    checkpoint = torch.load(run / "last.pt", weights_only=True)
+    checkpoint["model_args"]["dense_gradient"] = weight
+    checkpoint["config"]["dense_gradient"] = weight
+    torch.save(checkpoint, run / "last.pt")
+    result = run_training(data_dir, run, init_from="resume", max_iters=21)
+    assert result.returncode == (1 if weight else 0), result.stderr
+    assert not weight or "dense_gradient=0.5, which the layer no longer has" in result.stderr
+
+
+def test_a_checkpoint_of_the_published_models_own_code_is_refused(tmp_path):
+    keys = ("model", "optimizer_states", "config", "model_config", "iter_num")
+    torch.save(dict.fromkeys(keys, {}), tmp_path / "ckpt.pt")
+    with pytest.raises(ValueError, match="published models' own code"):
+        load_model(str(tmp_path))
+
+
 def test_a_log_without_a_header_is_refused_and_kept(trained, data_dir, tmp_path):
     run = copy_of(trained, tmp_path)
     (run / "log.csv").write_text("1,2,3\n4,5,6\n")
@@ -186,6 +207,19 @@ def test_a_signal_ends_a_long_evaluation_with_a_checkpoint(data_dir, tmp_path, r
     if ranks == 1:
         assert process.returncode == 0, error
         assert "go on with --init_from=resume" in output
+
+
+def test_nohup_s_run_goes_on_when_its_terminal_goes(data_dir, tmp_path):
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        ["nohup", *train_command(data_dir, run)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
+    )
+    wait_for(process, "iter 3:")
+    process.send_signal(signal.SIGHUP)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 0, error
+    assert max(log_rows(run)) == 19
 
 
 def test_a_second_signal_ends_at_once(data_dir, tmp_path):
@@ -264,6 +298,40 @@ def test_a_vocabulary_that_is_too_small_names_a_size_that_is_not(data_dir, tmp_p
     assert result.returncode == 1 and "set vocab_size=320" in result.stderr
     settings = dict(vocab_size=320, max_iters=1, eval_interval=1)
     assert run_training(data_dir, tmp_path / "run", **settings).returncode == 0
+
+
+@pytest.mark.parametrize("text, words", [
+    ("import math as _math\nmuon_lr = 10 ** _math.log10(0.01)\n", None),
+    ("import math\n_rate = 0.01\nmuon_lr = math.fabs(_rate)\n", None),
+    ("rate = 0.01\nmuon_lr = rate\n", "unknown setting 'rate'"),
+])
+def test_a_config_may_import_and_have_names_of_its_own(tmp_path, text, words):
+    (tmp_path / "c.py").write_text(text)
+    arguments = [str(tmp_path / "c.py")]
+    if words:
+        with pytest.raises(ValueError, match=words):
+            train_settings(arguments)
+    else:
+        assert train_settings(arguments)["muon_lr"] == pytest.approx(0.01)
+
+
+def test_a_missing_config_is_named_with_the_nearest(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ValueError, match="no such file; the nearest is configs/demo.py"):
+        train_settings(["configs/dmeo.py"])
+
+
+def test_a_home_directory_s_tilde_is_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert train_settings(["--out_dir=~/x"])["out_dir"] == "/home/me/x"
+
+
+def test_help_shows_comments_and_choices():
+    result = run_script(ROOT / "train.py", "--help")
+    assert result.returncode == 0, result.stderr
+    lines = {line.split("=")[0].strip(): line for line in result.stdout.splitlines()}
+    assert "iterations between evaluations" in lines["--eval_interval"]
+    assert "'cosine'" in lines["--lr_schedule"] and "'linear_warmdown'" in lines["--lr_schedule"]
 
 
 # -----------------------------------------------------------------------------

@@ -3,6 +3,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -151,6 +152,16 @@ def test_sampling_from_a_checkpoint(trained, tmp_path):
     assert all(text.returncode == 0 for text in texts), texts[0].stderr
     assert texts[0].stdout == texts[1].stdout != texts[2].stdout
     assert texts[0].stdout.count("def é(") == 2 == texts[0].stdout.count("-" * 80)
+
+
+def test_a_terminal_that_lacks_a_character_gets_another(trained):
+    command = [sys.executable, ROOT / "sample.py", "--device=cpu", "--ckpt", trained / "ckpt.pt"]
+    command += ["--num_samples=1", "--max_new_tokens=20", "--start=\u6f22"]
+    result = subprocess.run(
+        command, capture_output=True, env={**ENVIRONMENT, "PYTHONIOENCODING": "latin-1"}
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(b"?")
 
 
 def test_steering_beside_the_unsteered_text(trained):
