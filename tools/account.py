@@ -20,6 +20,7 @@ import bisect
 import math
 import os
 import sys
+from configurator import configure
 from dataclasses import fields
 from typing import NamedTuple
 
@@ -27,7 +28,6 @@ import torch
 
 from cayley import CHUNK_BYTES, TABLE_BYTES, parse_levels
 from checkpoint import pick_device
-from configurator import configure
 from data import Windows
 from model import GPT, GPTConfig
 from tools.report import markdown, write_csv

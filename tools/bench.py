@@ -18,6 +18,7 @@ import math
 import platform
 import statistics
 import time
+from configurator import configure
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,6 @@ from torch.nn import functional as F
 import cayley
 from cayley import CayleySAE
 from checkpoint import pick_device
-from configurator import configure
 from data import write_json
 from model import GPT, Block, GPTConfig
 from muon import MuonAdamW

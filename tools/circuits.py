@@ -52,6 +52,7 @@ import io
 import itertools
 import os
 import re
+from configurator import configure
 from html import escape
 
 import numpy as np
@@ -59,7 +60,6 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import load_model, pick_device
-from configurator import configure
 from data import atomic, get_tokenizer, run_windows, write_json, write_text
 from tools.attribution import (
     CayleyFeatures,

@@ -41,6 +41,7 @@ import math
 import os
 import re
 import shutil
+from configurator import configure
 from typing import NamedTuple
 
 import numpy as np
@@ -49,7 +50,6 @@ from tqdm import tqdm
 
 from cayley import Codes
 from checkpoint import build_model, load_checkpoint, pick_device
-from configurator import configure
 from data import get_tokenizer, new_directory, permute, read_text, run_windows
 from model import KVCache
 from tools.evals import RARE, code_statistics, explained

@@ -21,6 +21,8 @@ from pathlib import Path
 # a script here can't see the repository's top otherwise
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from configurator import configure
+
 import torch
 import triton
 import triton.backends.nvidia
@@ -30,7 +32,6 @@ from triton.compiler import ASTSource
 
 import cayley
 import cayley_triton
-from configurator import configure
 from data import write_text
 
 # settings, see configurator.py
