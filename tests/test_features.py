@@ -1,14 +1,17 @@
 """features.py: what it counts is what the model does, and the site works in a real browser."""
 import json
+import os
 import re
+import shlex
 import shutil
 import tempfile
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
 import torch
 from browser import Browser
-from conftest import arguments, run_script
+from conftest import ROOT, arguments, run_here, run_script
 
 from data import get_tokenizer
 from model import GPT, GPTConfig
@@ -31,21 +34,17 @@ def model():
 
 def test_best_contexts_are_the_largest_one_a_window():
     rng = np.random.default_rng(0)
-    lists, offered = features.BestContexts(7, 3), []
-    for batch in range(5):
-        n = 40
-        keys = rng.random(n, dtype=np.float32)
-        row = rng.integers(0, 7, n), keys, batch * 40 + rng.permutation(40)
-        lists.add(*row, row[2] // 4)
-        offered += zip(*(part.tolist() for part in row))
-    for feature in range(7):
+    for n_offered in (1, 5, 30, 120):
+        refs = np.sort(rng.permutation(200)[:n_offered])
+        keys = rng.random(n_offered, dtype=np.float32)
         best = {}
-        for f, key, ref in offered:
-            if f == feature and key > best.get(ref // 4, (-1, 0))[0]:
+        for key, ref in zip(keys, refs):
+            if key > best.get(ref // 4, (-1, 0))[0]:
                 best[ref // 4] = key, ref
         expected = sorted(best.values(), reverse=True)[:3]
-        assert lists.refs[feature].tolist() == [ref for _, ref in expected]
-        np.testing.assert_array_equal(lists.keys[feature], np.float32([key for key, _ in expected]))
+        found = features.best_in_windows(keys, refs // 4, 3)
+        assert refs[found].tolist() == [ref for _, ref in expected]
+        np.testing.assert_array_equal(keys[found], np.float32([key for key, _ in expected]))
 
 
 def dense_codes(model, windows):
@@ -64,34 +63,60 @@ def test_counts_contexts_and_neighbours_are_those_of_the_codes(model):
     windows = np.random.default_rng(0).integers(0, 257, (20, 16))
     readers, _ = features.read(model, windows, np.full(257, 5))
     for row, per_level in zip(readers, dense_codes(model, windows)):
+        flat = [(codes != 0).reshape(windows.size, -1) for codes in per_level]
         for reader, codes in zip(row, per_level):
             np.testing.assert_array_equal(reader.counts, (codes != 0).sum((0, 1)))
-            np.testing.assert_allclose(reader.sums, codes.sum((0, 1)), rtol=1e-4)
+            sums = reader.steer * reader.counts
+            np.testing.assert_allclose(sums, codes.sum((0, 1)), rtol=1e-4)
             np.testing.assert_array_equal(reader.histogram.sum(1), reader.counts)
             per_window = codes.max(1)  # (windows, features)
-            np.testing.assert_allclose(reader.top.keys[:, 0].clip(0), per_window.max(0), rtol=1e-5)
+            np.testing.assert_allclose(reader.range[:, 1].clip(0), per_window.max(0), rtol=1e-5)
+            active, _ = reader.active()
+            near = list(zip(*[features.neighbours(reader, other, active, windows.size)
+                              for other in row]))
             for feature in np.flatnonzero(reader.counts)[::7]:
-                window, position = divmod(reader.refs[feature, 0], 16)
+                window, position = divmod(reader.contexts[feature, 0], 16)
                 largest = per_window[:, feature].max()
                 assert codes[window, position, feature] == pytest.approx(largest)
-                at, shades = reader.shades_of(feature, 0)
                 start, end = reader.start[feature, 0], reader.end[feature, 0]
-                near = codes.reshape(-1, codes.shape[-1])[start:end, feature]
-                np.testing.assert_array_equal(at - start, np.flatnonzero(near))
-                np.testing.assert_allclose(shades, near[near != 0], rtol=1e-5)
-                window, position = divmod(reader.random.refs[feature, 0], 16)
-                other = per_level[1 - reader.level][window, position]
-                assert set(reader.beside[feature, 0]) == set(np.flatnonzero(other))
-                assert reader.random.codes[feature, 0] == pytest.approx(
+                at, shades = reader.codes_between(feature, start, end)
+                around = codes.reshape(-1, codes.shape[-1])[start:end, feature]
+                np.testing.assert_array_equal(at - start, np.flatnonzero(around))
+                np.testing.assert_allclose(shades, around[around != 0], rtol=1e-5)
+                window, position = divmod(reader.sample[feature, 0], 16)
+                assert reader.sample_codes[feature, 0] == pytest.approx(
                     codes[window, position, feature]
                 )
-                active = codes[..., feature][codes[..., feature] != 0]
-                if len(active) > 1:
-                    expected, _ = np.histogram(active.astype(np.float64), 20)
+                values = codes[..., feature][codes[..., feature] != 0]
+                if len(values) > 1:
+                    expected, _ = np.histogram(values.astype(np.float64), 20)
                     assert np.abs(reader.histogram[feature] - expected).sum() <= 2  # at edges
+                for other, found in zip(row, near[feature]):
+                    check_neighbours(reader, feature, other, flat, found)
 
 
-def test_contexts_have_sixty_characters_where_their_window_does():
+def check_neighbours(reader, feature, other, flat, found):
+    """Rows of neighbours against Pearson's correlation of columns of 0 and 1."""
+    own = flat[reader.level][:, feature]
+    others = flat[other.level]
+    both = (own[:, None] & others).sum(0)
+    varies = (others.std(0) > 0) & (own.std() > 0)
+    expected = np.full(others.shape[1], -1.0)
+    for i in np.flatnonzero(varies):
+        expected[i] = np.corrcoef(own, others[:, i])[0, 1]
+    if other is reader:
+        expected[feature] = -1
+    best = np.sort(expected)[::-1][:features.N_NEAR]
+    told = [correlation for *_, correlation in found]
+    np.testing.assert_allclose(told, best[best > 0], atol=1e-3)
+    for level, i, together, correlation in found:
+        assert (level, together) == (other.level, both[i])
+        assert correlation == pytest.approx(expected[i], abs=1e-3)
+
+
+def test_contexts_have_their_characters_where_their_window_does(monkeypatch):
+    monkeypatch.setattr(features, "BEFORE", 40)
+    monkeypatch.setattr(features, "AFTER", 20)
     rng = np.random.default_rng(0)
     T = 64
     lengths = rng.choice([0, 1, 1, 2, 9], 5 * T)
@@ -125,7 +150,7 @@ def test_logit_effects_are_the_derivative_where_gelu_is_at_its_slopes(model):
     atom = model.blocks[1].sae.atoms(1, [77])
     written = torch.func.jvp(model.blocks[1].mlp, (mlp_input,), (atom,))[1]
     logits = ((written * model.ln_f.weight) @ model.wte.weight[:257].T)[0]
-    effects = features.first_order(model, 1, 1, [77], slopes[1], 257)
+    effects = features.first_order(model, 1, 1, [77], slopes[1], torch.arange(257))
     ids, values = features.extremes(effects, torch.arange(257))
     np.testing.assert_allclose(values[0], logits[ids[0]].detach(), rtol=1e-3, atol=1e-6)
     assert ids[0, 0] == logits.argmax() and ids[0, -1] == logits.argmin()
@@ -163,9 +188,8 @@ def test_measured_effects_are_those_of_the_whole_model(model, monkeypatch):
         reader = readers[layer][level]
         feature = int(np.argsort(-reader.counts)[rank])
         codes = dense_codes(model, windows)[layer][level][..., feature]
-        change = reader.sums[feature] / reader.counts[feature]
+        change = codes.sum() / (codes != 0).sum()
         change = change * model.blocks[layer].sae.atoms(level, [feature])[0]
-        change = change.float()
         changes = []
         lengths = []
         for window, position in np.argwhere(codes != 0):
@@ -217,8 +241,7 @@ def test_a_text_of_any_length_is_read_to_its_end(model, tmp_path, length):
     features.write_text_page(str(tmp_path), model, encoding, ids)
     pages = []
     for layer in (0, 1):
-        text = (tmp_path / f"data/text/{layer}.js").read_text()
-        pages.append(json.loads(text[text.index(",") + 1:-1]))
+        pages.append(features.saved(tmp_path, f"text/{layer}"))
     assert len(pages[0]) == len(pages[1]) == length
     read = [encoding.eot_token] + ids
     for i in range(length):
@@ -257,7 +280,7 @@ def site(trained, data_dir, tmp_path_factory):
     (directory / "text.txt").write_text(TEXT + "left out")
     (directory / "labels.json").write_text(json.dumps({"1.0.3": "a <b> by hand"}))
     settings = {
-        "ckpt": trained / "ckpt.pt",
+        "ckpt": os.path.relpath(trained),
         "out_dir": directory / "site",
         "tokens": 20000,
         "text": directory / "text.txt",
@@ -268,7 +291,9 @@ def site(trained, data_dir, tmp_path_factory):
     }
     result = run_script("-m", "tools.features", *arguments(settings))
     assert result.returncode == 0, result.stderr
-    assert "counting: 100%" in result.stderr and not (directory / "site.partial").exists()
+    assert "\r" not in result.stderr, "a log has no bars"
+    assert "20,000 of " in result.stdout, "it says how much is read"
+    assert sorted(os.listdir(directory / "site")) == ["data", "index.html"]
     assert f"its first {len(TEXT.encode())} of {len(TEXT.encode()) + 8} tokens" in result.stdout
     return directory / "site"
 
@@ -284,8 +309,7 @@ def browser():
 
 
 def test_the_site_in_a_browser(browser, site):
-    table = (site / "data/1/1/table.js").read_text()
-    table = json.loads(table.removeprefix('loaded("1/1/table",').removesuffix(")"))
+    table = features.saved(site, "1/1/table")
     most = int(np.argmax(table["count"]))
     browser.go(f"file://{site}/index.html#/1/1")
     rows = "[...document.querySelectorAll('tbody tr')].map(row => +row.dataset.id)"
@@ -336,7 +360,7 @@ def test_the_page_of_a_text(browser, site):
     browser.run("document.querySelector('.node button').click()")
     browser.wait("location.hash.split('/').length == 5 && document.querySelector('.note')")
     key = browser.run("location.hash.split('/')[4]")
-    codes = json.loads((site / "data/text/0.js").read_text()[len('loaded("text/0",'):-1])
+    codes = features.saved(site, "text/0")
     where = [key in {f"0.0.{i}" for i in token[0][0]} for token in codes]
     note = browser.run("document.querySelector('.note').innerText")
     assert f"fires at {sum(where)} of {len(where)} tokens" in note
@@ -349,8 +373,7 @@ def test_the_page_of_a_text(browser, site):
 
 
 def test_the_front_page_finds_features_by_caption_token_and_label(browser, site):
-    table = (site / "data/0/1/table.js").read_text()
-    table = json.loads(table.removeprefix('loaded("0/1/table",').removesuffix(")"))
+    table = features.saved(site, "0/1/table")
     browser.go(f"file://{site}/index.html")
     assert browser.wait("document.querySelectorAll('.cards dt').length") == 10
     assert browser.run("document.querySelectorAll('.bars').length") == 2, "a histogram a level"
@@ -380,6 +403,165 @@ def test_the_front_page_finds_features_by_caption_token_and_label(browser, site)
     assert browser.errors() == []
 
 
+HEADING = "document.querySelector('h1')?.innerText"
+RESULTS = "[...document.querySelectorAll('tbody tr td a')].map(a => a.hash)"
+
+
+def type_text(browser, text):
+    for key in text:
+        browser.press(key)
+
+
+def test_one_returns_to_where_one_came_from(browser, site):
+    browser.go("about:blank")
+    browser.go(f"file://{site}/index.html#/0/0/3")
+    browser.wait(f"{HEADING} == 'Feature 0.0.3'")
+    browser.press("\ue00c")  # Escape
+    assert browser.wait(f"{HEADING} == 'Layer 0, level 0'"), "up, as there is no page before it"
+    browser.press("\ue00c")
+    assert browser.wait(f"{HEADING} == 'Features of a sparse GPT'")
+
+    browser.run("location.hash = '#/1/1/37'")
+    browser.wait(f"{HEADING} == 'Feature 1.1.37'")
+    browser.press("/")
+    type_text(browser, "by hand")
+    browser.wait(f"document.title == 'Search: by hand' && {RESULTS}.length == 1")
+    browser.press("\ue00c")
+    assert browser.wait(f"{HEADING} == 'Feature 1.1.37'"), "typing has left the page before it"
+    assert browser.run("document.getElementById('find').value") == ""
+
+    browser.press("/")
+    type_text(browser, "by hand")
+    browser.wait(f"document.title == 'Search: by hand' && {RESULTS}.length == 1")
+    browser.press("\ue007")  # Enter takes a single hit
+    assert browser.wait(f"{HEADING} == 'Feature 1.0.3'")
+    browser.press("\ue00c")
+    assert browser.wait("document.title == 'Search: by hand'")
+    browser.press("\ue00c")
+    assert browser.wait(f"{HEADING} == 'Feature 1.1.37'")
+    browser.press("\ue00c")
+    assert browser.wait(f"{HEADING} == 'Features of a sparse GPT'")
+    assert browser.errors() == []
+
+
+def test_a_context_opens_and_is_in_the_file_of_its_feature(browser, site, trained, data_dir):
+    table = features.saved(site, "1/1/table")
+    most = int(np.argmax(table["count"]))
+    browser.emulate("light", (360, 700))
+    browser.go(f"file://{site}/index.html#/1/1/{most}")
+    browser.wait(f"{HEADING} == 'Feature 1.1.{most}'")
+    lines = "[...document.querySelectorAll('.line')]"
+    left = "line.querySelector('.before > span').getBoundingClientRect().left"
+    hidden = f"{lines}.filter(line => {left} < line.getBoundingClientRect().left).length"
+    heights = f"{lines}.map(line => line.offsetHeight)"
+    assert browser.run(hidden) > 0 and max(browser.run(heights)) < 50, "one line of each"
+    text = browser.run("document.querySelector('.context').textContent")
+    browser.run(f"{lines}.forEach(line => line.querySelector('button').click())")
+    assert browser.run("document.querySelector('.line button').ariaExpanded") == "true"
+    assert browser.run(hidden) == 0 and max(browser.run(heights)) > 50, "all of it"
+
+    href = browser.run("document.getElementById('file').href")
+    file = json.loads(unquote(href.removeprefix("data:application/json,")))
+    page = features.saved(site, f"1/1/{most // features.CHUNK}")[most % features.CHUNK]
+    assert file["feature"] == f"1.1.{most}" and file["active"] == table["count"][most]
+    measured = features.saved(site, "1/1/measured")[str(most)]
+    assert [row["by"] for row in file["measured"]["tokens"]] == measured["by"]
+    assert [row["by"] for row in file["estimated"]["tokens"]] == page["by"]
+    assert sum(measured["moved"]["counts"]) >= 20, "the tokens that the data have"
+    context = file["contexts"][0]
+    assert context["codes"][context["at"]] == max(context["codes"]) == table["max"][most]
+    joined = "".join(x if isinstance(x, str) else "�" for x in context["tokens"])
+    assert text.startswith(joined.replace("\n", "↵")), "with all of it"
+    start = context["token"] - context["at"]
+    tokens = np.fromfile(data_dir / "train_000000.bin", dtype=np.uint16)
+    ids = tokens[start:start + len(context["tokens"])].tolist()
+    words = features.saved(site, "vocab")
+    assert [words[i] for i in ids] == context["tokens"], "where it lies in the data"
+    assert context["file"] == f"{data_dir.name}/train_000000.bin"
+    near = [row["feature"] for row in file["nearest"]]
+    shown = browser.run("[...document.querySelectorAll('section')].at(-1).innerText")
+    assert near and all(name in shown for name in near)
+    assert browser.errors() == []
+
+
+def test_search_by_the_token_that_is_raised(browser, site):
+    words = features.saved(site, "vocab")
+    raising = set()
+    for layer in (0, 1):
+        for level in (0, 1):
+            table = features.saved(site, f"{layer}/{level}/table")
+            measured = features.saved(site, f"{layer}/{level}/measured")
+            for i, ids in enumerate(table["raises"]):
+                if row := measured.get(str(i)):
+                    ids = [token for token, by in zip(row["ids"][:3], row["by"]) if by > 0]
+                if any(words[token] in ("z", "Z") for token in ids):
+                    raising.add(f"#/{layer}/{level}/{i}")
+    assert 0 < len(raising) <= 200
+    browser.go(f"file://{site}/index.html#/search/raises%20z")
+    found = browser.wait(f"document.title == 'Search: raises z' && {RESULTS}.length && {RESULTS}")
+    assert set(found) == raising
+    assert browser.errors() == []
+
+
+def test_the_steer_command_can_be_pasted(site):
+    command = features.saved(site, "site")["command"] + " --steer 1.1.37=+8 --compare"
+    program, *command = shlex.split(command)
+    assert program == "python"
+    result = run_script(*command, "--num_samples=1", "--max_new_tokens=5", "--device=cpu")
+    assert result.returncode == 0, result.stderr
+    assert "=== steered" in result.stdout
+
+
+def test_the_steer_command_is_shown(browser, site):
+    browser.go(f"file://{site}/index.html#/1/1/37")
+    shown = browser.wait("document.querySelector('#steer')?.innerText")
+    command = features.saved(site, "site")["command"]
+    assert shown == f"{command} --steer 1.1.37=+8 --compare"
+
+
+def test_another_tool_adds_a_page(browser, site, tmp_path):
+    shutil.copytree(site, tmp_path / "site")
+    features.save(tmp_path / "site", "circuits/0", [[1, 0, 3]])
+    script = """loaded("circuits.page", async parts => {
+      const [[layer, level, id]] = await load(`circuits/${parts[0]}`)
+      await loadTables(layer)
+      show(h("h1", {}, "A circuit"), captioned(layer, level, id))
+    })"""
+    for _ in range(2):  # the second replaces the first
+        features.add_page(tmp_path / "site", "circuits", "Circuits", script)
+    browser.go(f"file://{tmp_path}/site/index.html#/circuits/0")
+    assert browser.wait(f"{HEADING} == 'A circuit'")
+    assert browser.run("document.querySelector('main .byhand').innerText") == "a <b> by hand"
+    links = browser.run("[...document.querySelectorAll('nav a')].map(a => a.innerText)")
+    assert links.count("Circuits") == 1
+    browser.run("location.hash = '#/0/0'")
+    assert browser.wait(f"{HEADING} == 'Layer 0, level 0'")
+    assert browser.errors() == []
+
+
+def test_the_front_page_is_there_while_the_rest_is_computed(browser, site, tmp_path):
+    shutil.copytree(site, tmp_path / "site")
+    described = features.saved(site, "site") | {"unfinished": True}
+    features.save(tmp_path / "site", "site", described)
+    for path in tmp_path.glob("site/data/1/*/*.js"):
+        if path.stem in ("table", "measured"):
+            path.unlink()
+    for path in tmp_path.glob("site/data/0/*/measured.js"):
+        path.unlink()
+    browser.go(f"file://{tmp_path}/site/index.html")
+    assert "being computed" in browser.wait("document.querySelector('.note')?.innerText")
+    browser.run("location.hash = '#/1/1'")
+    assert browser.wait("document.querySelector('main').innerText.includes('computed yet')")
+    assert len(browser.errors()) == 1, "the one file that isn't there"
+    features.save(tmp_path / "site", "1/1/table", features.saved(site, "1/1/table"))
+    browser.run("location.hash = '#/0/0/3'")
+    assert browser.wait(f"{HEADING} == 'Feature 0.0.3'")
+    assert "Not measured yet" in browser.run("document.querySelector('.note').innerText")
+    browser.run("location.hash = '#/1/1'")
+    assert browser.wait(f"{HEADING} == 'Layer 1, level 1'"), "it has come meanwhile"
+    assert browser.errors() == []
+
+
 def test_every_page_fits_a_phone_in_the_dark(browser, site):
     browser.emulate("dark", (360, 700))
     for page in ("#/", "#/1/1", "#/1/1/37", "#/text/0+1/20/0.0.3", "#/search/e", "#/data/1/20"):
@@ -400,10 +582,11 @@ def test_a_site_without_measured_effects(trained, tmp_path):
     settings = {"ckpt": trained, "out_dir": tmp_path / "site", "tokens": 640, "n_measured": 0}
     result = run_script("-m", "tools.features", *arguments(settings), "--device=cpu")
     assert result.returncode == 0, result.stderr
-    text = (tmp_path / "site/data/site.js").read_text()
-    summary = json.loads(text[len('loaded("site",'):-1])["summary"]
+    summary = features.saved(tmp_path / "site", "site")["summary"]
     assert {row["measured"] for layer in summary for row in layer} == {0}
     assert {row["correlation"] for layer in summary for row in layer} == {None}
+    for file in (tmp_path / "site").rglob("*.js"):
+        assert str(trained.parent) not in file.read_text(), "a path of this machine"
 
 
 def test_an_existing_site_stays(trained, site):
@@ -413,3 +596,41 @@ def test_an_existing_site_stays(trained, site):
     assert result.returncode == 1
     assert f"{site} is there already" in result.stderr
     assert (site / "index.html").stat().st_mtime_ns == before
+
+
+def files(directory):
+    return {path.relative_to(directory): path.read_bytes() for path in directory.rglob("*.*")}
+
+
+@pytest.mark.filterwarnings("ignore:'tools.features' found in sys.modules")  # imported above
+def test_an_interrupted_run_goes_on(trained, tmp_path, monkeypatch, capfd):
+    """The site is that of an uninterrupted run; another checkpoint's codes are not gone on with."""
+    settings = {"ckpt": trained, "tokens": 1600, "n_measured": 4, "device": "cpu"}
+    command = ["-m", "tools.features", *arguments(settings)]
+    run_script(*command, f"--out_dir={tmp_path / 'whole'}").check_returncode()
+    command.append(f"--out_dir={tmp_path / 'site'}")
+    monkeypatch.chdir(ROOT)
+    batches = 0
+
+    def run_with_codes(model, *args, **kwargs):
+        nonlocal batches
+        batches += 1
+        if batches == 4:
+            raise KeyboardInterrupt
+        return original(model, *args, **kwargs)
+
+    original = GPT.run_with_codes
+    with monkeypatch.context() as patch:
+        patch.setattr(GPT, "run_with_codes", run_with_codes)
+        with pytest.raises(KeyboardInterrupt):
+            run_here(command)
+    assert "with 48% of the codes" in capfd.readouterr().err, "24 of 50 windows"
+    with open(tmp_path / "site/codes.bin", "ab") as file:
+        file.write(b"half a record")
+    result = run_script(*command[:-1], f"--out_dir={tmp_path / 'site'}", "--tokens=3200")
+    assert result.returncode == 1
+    assert "site was begun with another checkpoint or other tokens" in result.stderr
+    result = run_script(*command)
+    assert result.returncode == 0, result.stderr
+    assert "24 of 50 windows are read already" in result.stdout
+    assert files(tmp_path / "site") == files(tmp_path / "whole")

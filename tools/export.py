@@ -276,7 +276,7 @@ def neuronpedia_feature(index, reader, windows, words, logit_ids, logit_values):
         logits.append({"token": words[token], "value": round(value, 4)})
     activations = []
     for slot in range(features.n_top):
-        if reader.refs[index, slot] >= 0:
+        if reader.contexts[index, slot] >= 0:
             window, _, start, end, shades, _ = features.context(
                 reader, index, slot, windows.shape[1]
             )
@@ -317,7 +317,7 @@ def export_neuronpedia(model, checkpoint, directory):
             for first in range(0, len(active), BATCH):
                 ids = active[first:first + BATCH]
                 effects = features.first_order(
-                    model, layer, level, ids, slopes[layer], len(words)
+                    model, layer, level, ids, slopes[layer], every_token
                 )
                 logits = features.extremes(effects, every_token)
                 batch = [neuronpedia_feature(index, reader, windows, words, *of_feature)

@@ -2,45 +2,52 @@
 A site of static pages about a checkpoint's features: what they read, how often, beside what, and
 what they do.
 
-    python -m tools.features --ckpt out/demo/ckpt.pt --out_dir=features  # open its index.html
-    python -m tools.features --ckpt ckpt.pt --data_dir=data/fineweb_edu --tokens=5e6 --text=a.txt
-    python -m tools.features --ckpt ckpt.pt --labels=labels.json  # {"0.1.517": "a label by hand"}
+    python -m tools.features --ckpt=out/demo --out_dir=features       # open features/index.html
+    python -m tools.features --ckpt=out/demo --tokens=5e6 --text=a.txt
+    python -m tools.features --ckpt=out/demo --labels=labels.json     # {"0.1.517": "a label"}
 
-It reads tokens of the data three times. First it counts, and keeps per feature the contexts of its
-largest codes and a uniform sample of contexts, at most one a window. Then it reads the codes around
-them. Then it steers the features that are active most often and measures what changes. Memory:
-about 9 kB a feature and 40 bytes a token, and in the third reading 4 bytes times the vocabulary for
-each feature that is measured (n_measured a level and layer). records/features_site has times.
+It reads windows of the data, drawn at random, once, and keeps their codes in out_dir/codes.bin (6
+bytes an active feature and token) until the site is whole. All but the effects is counted from
+these. The front page can be opened as soon as they are read. To measure effects it reads some of
+the windows again. An interrupted run keeps the codes, and goes on when it is started again.
+records/features_site has times, and how a page of another tool is added.
 
 Definitions
 - frequency: the share of tokens at which a feature is active. dead and rare: as in evals.py.
+- contexts: those of the largest codes, and a uniform sample, at most one a window.
 - caption: what the sampled contexts have in common more than the data: the feature's token, the
   token before or after it, its word, or its place in the line. Of all candidates that at least 20%
   of the contexts fit it is the one with the largest likelihood ratio against its frequency in the
   data (Dunning, Computational Linguistics 19(1), 1993), told with that share; "mixed" if none is.
-- co-active: features of other levels that are active at most of the sampled contexts, beyond what
-  their frequency explains.
+- nearest and beside it: features of its layer, of its own level and of others, by the correlation
+  of being active or not over all tokens read (phi). Not by the atoms' products: for every feature
+  these are the same few values, by the XOR of the two numbers alone (cayley.py).
 - steer: a feature's mean code over the data, which is added to its code.
-- measured effect: at up to 256 of its active tokens in expectation, drawn at random, the feature is
-  steered at that token alone and the later layers run again. It is the mean change of the next
-  token's log-probabilities, in nats.
+- measured effect: at some 256 of its active tokens, drawn at random, the feature is steered at that
+  token alone and the later layers run again. It is the mean change of the next token's
+  log-probabilities, in nats.
 - first-order estimate: the steer's change of the logits through its block's MLP, with each neuron's
   mean slope of GELU over the data, and straight on to the unembedding: without later layers and the
   final norm's scale, so up to a factor per token. Its correlation with the measured effect over the
   vocabulary stands beside it.
-- Tokens that a feature raises and lowers are among those that the data have at least 10 times.
+- Tokens that a feature raises and lowers are among those that the data have at least 10 times; so
+  are those in the histogram of what it moves.
 - reach: the length of the steer's change of the residual stream at its token, after each later
   layer, relative to the length after its own.
 """
 if not __package__:
     raise SystemExit("from the repository's root: python -m tools.features")
 
-import functools
+import contextlib
+import hashlib
 import json
 import math
 import os
 import re
+import shlex
 import shutil
+import sys
+import tempfile
 from configurator import configure
 from typing import NamedTuple
 
@@ -50,75 +57,149 @@ from tqdm import tqdm
 
 from cayley import Codes
 from checkpoint import build_model, load_checkpoint, pick_device
-from data import get_tokenizer, new_directory, permute, read_text, run_windows
+from data import get_tokenizer, lock, permute, read_text, run_windows, write_text
 from model import KVCache
 from tools.evals import RARE, code_statistics, explained
 
 # settings, see configurator.py
-ckpt = "out/ckpt.pt"
+ckpt = "out/ckpt.pt"  # or a directory with a ckpt.pt
 data_dir = ""  # directory of bins; "": the run's data_dir
 split = "train"
-out_dir = "features"  # a new directory
-tokens = 2_000_000  # of the data, at most
+out_dir = "features"  # a new directory, or that of an interrupted run
+tokens = 500_000  # of the data, at most
 text = ""  # a file that gets a page with its active features
 text_tokens = 20_000  # of that file, at most
 labels = ""  # a JSON file with labels by hand, {"layer.level.feature": "text"}
 n_top = 6  # contexts of largest codes, per feature
-n_random = 32  # sampled contexts, for captions, quantiles and co-active features
-n_measured = 256  # features per level and layer whose effects are measured, the most frequent
+n_random = 32  # sampled contexts, for captions and quantiles
+n_measured = 128  # features per level and layer whose effects are measured, the most frequent
 batch_size = 8
 device = "auto"
 
-BEFORE, AFTER = 40, 20  # characters of a context around its token; the window may have fewer
+BEFORE, AFTER = 400, 200  # characters of a context around its token; the window may have fewer
 QUANTILES = (0.9, 0.7, 0.5, 0.3, 0.1)  # of a feature's sampled codes, whose contexts are shown
 N_BINS = 20  # of the histogram of codes
+N_MOVED = 40  # of the histogram of effects
+N_NEAR = 6  # features of each level that are told as nearest to one
 CHUNK = 128  # features in a file
 WINDOWS_FILE = 16_384  # tokens of the data in a file
-MEASURED_TOKENS = 256  # in expectation, for each measured feature
+MEASURED_READ = 100_000  # tokens of the data, among which features are steered
+MEASURED_TOKENS = 256  # of them in expectation, for each measured feature
 ROWS = 2048  # of them at once
 SEEN = 10  # times a token is in the data, to be told as raised or lowered
 LEAST_SHARE = 0.2  # of the sampled contexts, to be a caption
 
 
 # -----------------------------------------------------------------------------
-# contexts
+# reading the data: the codes of every window, on the disk
 
-class BestContexts:
+@torch.no_grad()
+def codes_of(model, idx):
+    """idx (B, T) -> per layer and level Codes of numpy arrays (B, T, k)."""
+    idx = torch.from_numpy(idx).to(model.wte.weight.device)
+    layers = []
+    for codes in model.run_with_codes(idx, n_logits=1)[1]:
+        layers.append([Codes(c.ids.cpu().numpy(), c.values.float().cpu().numpy()) for c in codes])
+    return layers
+
+
+def record_type(model, T):
     """
-    Per feature the `size` contexts of largest key, largest first.
+    What is kept of a window of T tokens, a numpy dtype.
 
-    keys (F, size); refs (F, size), token numbers, -1 where there is none; codes (F, size).
+    "layer.level.ids" and "layer.level.values" (T, k), and "layer.slopes" (4d,), the mean slopes of
+    GELU.
     """
+    fields = []
+    for layer, sae in enumerate(model.saes()):
+        for level, (n, k, _) in enumerate(sae.levels):
+            fields.append((f"{layer}.{level}.ids", np.uint16 if n <= 16 else np.int32, (T, k)))
+            fields.append((f"{layer}.{level}.values", np.float32, (T, k)))
+        fields.append((f"{layer}.slopes", np.float32, 4 * model.config.n_embd))
+    return np.dtype(fields)
 
-    def __init__(self, n_features, size):
-        self.keys = np.full((n_features, size), -np.inf, dtype=np.float32)
-        self.refs = np.full((n_features, size), -1, dtype=np.int64)
-        self.codes = np.zeros((n_features, size), dtype=np.float32)
 
-    def add(self, features, keys, refs, windows, codes=None):
-        """
-        Offer contexts: (M,) features, keys, token numbers, window numbers, codes (default: keys).
+def read_batch(model, windows):
+    """windows (B, T) -> their records (B,)."""
+    slopes = []  # per layer (B, 4d)
 
-        One a feature and window is taken.
-        """
-        codes = keys if codes is None else codes
-        good = np.flatnonzero(keys > self.keys[features, -1])
-        good = good[np.lexsort((-keys[good], windows[good], features[good]))]
-        new_window = np.diff(windows[good], prepend=-1) != 0
-        new_feature = np.diff(features[good], prepend=-1) != 0
-        good = good[new_window | new_feature]
-        touched, rows = np.unique(features[good], return_inverse=True)
-        size = self.keys.shape[1]
-        rows = np.concatenate([rows, np.repeat(np.arange(len(touched)), size)])
-        keys = np.concatenate([keys[good], self.keys[touched].ravel()])
-        order = np.lexsort((-keys, rows))
-        rows = rows[order]
-        rank = np.arange(len(rows)) - np.searchsorted(rows, rows)
-        best = rank < size
-        for mine, new in ((self.refs, refs), (self.codes, codes)):
-            both = np.concatenate([new[good], mine[touched].ravel()])
-            mine[touched[rows[best]], rank[best]] = both[order][best]
-        self.keys[touched[rows[best]], rank[best]] = keys[order][best]
+    def keep_slopes(module, inputs, output):
+        hidden = output.float()  # (B, T, 4d)
+        slopes.append(torch.ops.aten.gelu_backward(torch.ones_like(hidden), hidden).mean(1))
+
+    hooks = [block.mlp.c_fc.register_forward_hook(keep_slopes) for block in model.blocks]
+    layers = codes_of(model, windows)
+    for hook in hooks:
+        hook.remove()
+    records = np.empty(len(windows), dtype=record_type(model, windows.shape[1]))
+    for layer, codes in enumerate(layers):
+        records[f"{layer}.slopes"] = slopes[layer].cpu().numpy()
+        for level, (ids, values) in enumerate(codes):
+            records[f"{layer}.{level}.ids"] = ids
+            records[f"{layer}.{level}.values"] = values
+    return records
+
+
+def batches(windows, label, done=0):
+    """Windows (M, T) from number done on, in batches, with a progress bar."""
+    numbers = range(done, len(windows), batch_size)
+    for first in tqdm(numbers, desc=label, unit="batch", disable=None):
+        yield windows[first:first + batch_size]
+
+
+def read_codes(model, windows, file):
+    """
+    The records (M,) of windows (M, T), in a binary file, mapped to memory.
+
+    A file of an interrupted run has those of the first windows, and is read on from there.
+    """
+    kind = record_type(model, windows.shape[1])
+    done = file.seek(0, os.SEEK_END) // kind.itemsize
+    file.truncate(done * kind.itemsize)  # the last record may not be whole
+    if done:
+        print(f"{done:,} of {len(windows):,} windows are read already")
+    for batch in batches(windows, "reading", done):
+        file.write(read_batch(model, batch).tobytes())
+        file.flush()
+    return np.memmap(file, dtype=kind, mode="r")
+
+
+def read(model, windows, characters, path=None):
+    """
+    Read windows (M, T); characters (V,) of each token; path: of a file that keeps the codes.
+
+    Returns a LevelReader per layer and level, and each layer's mean GELU slopes (4d,).
+    """
+    with open(path, "a+b") if path else tempfile.TemporaryFile() as file:
+        records = read_codes(model, windows, file)
+    ends = np.concatenate([[0], np.cumsum(characters[windows.ravel()])])
+    readers = []
+    slopes = []
+    for layer, sae in enumerate(model.saes()):
+        readers.append([])
+        for level in range(len(sae.levels)):
+            ids = np.asarray(records[f"{layer}.{level}.ids"])
+            values = np.asarray(records[f"{layer}.{level}.values"])
+            size = 2 ** sae.levels[level].n
+            readers[-1].append(LevelReader(layer, level, size, ids, values, ends))
+        mean = records[f"{layer}.slopes"].mean(0, dtype=np.float64).astype(np.float32)
+        slopes.append(torch.from_numpy(mean).to(model.wte.weight.device))
+    return readers, slopes
+
+
+# -----------------------------------------------------------------------------
+# what the codes tell of each feature
+
+def best_in_windows(keys, windows, n):
+    """
+    Where the n largest of keys (A,) are, one a window, largest first.
+
+    windows (A,): the keys' windows by number, ascending.
+    """
+    starts = np.flatnonzero(np.diff(windows, prepend=-1))
+    ends = np.append(starts[1:], len(keys))
+    largest = np.argsort(-np.maximum.reduceat(keys, starts), kind="stable")[:n]
+    return [start + keys[start:end].argmax() for start, end in zip(starts[largest], ends[largest])]
 
 
 def quantile_slots(codes, present):
@@ -155,190 +236,90 @@ def context_bounds(ends, refs, T):
 
 
 class LevelReader:
-    """What is kept of one level of one layer."""
+    """
+    What the codes of one level of one layer tell of its features, F of them.
 
-    def __init__(self, layer, level, sae):
+    ids, values (M, T, k): its codes, on the disk. ends (M T + 1,): characters before each token.
+    Tokens are told by number, counted over all windows, -1 where there is none.
+    """
+
+    def __init__(self, layer, level, size, ids, values, ends):
         self.layer = layer
         self.level = level
-        self.size = 2 ** sae.levels[level].n
-        self.k = sae.levels[level].k
-        self.counts = np.zeros(self.size, dtype=np.int64)
-        self.sums = np.zeros(self.size)
-        self.low = np.full(self.size, np.inf, dtype=np.float32)  # smallest code
-        self.high = np.full(self.size, -np.inf, dtype=np.float32)
-        self.top = BestContexts(self.size, n_top)
-        self.random = BestContexts(self.size, n_random)
+        self.size = size
+        self.ids = ids
+        self.values = values
+        self.T = ids.shape[1]
+        self.counts = np.bincount(ids.ravel(), minlength=size)
+        self.steer = np.ones(size, dtype=np.float32)  # the mean code; 1 of a dead feature
+        self.range = np.zeros((size, 2), dtype=np.float32)  # smallest and largest code
+        self.histogram = np.zeros((size, N_BINS), dtype=np.int64)
+        self.top = np.full((size, n_top), -1)  # tokens of largest codes, largest first
+        self.sample = np.full((size, n_random), -1)  # tokens drawn at random
+        self.sample_codes = np.zeros((size, n_random), dtype=np.float32)
         self.effects = None  # Effects, where measured
+        rng = np.random.default_rng((layer, level))
+        for feature, (tokens, codes) in enumerate(zip(*self.active())):
+            if len(tokens):
+                self._describe(feature, tokens, codes, rng)
+        self._choose_contexts(ends)
 
-    def count(self, codes, first_window, rng):
-        """Take in the codes, ids and values (B, T, k), of windows from number first_window."""
-        ids, values = codes[self.level]
-        B, T, k = ids.shape
-        refs = np.repeat(np.arange(first_window * T, (first_window + B) * T), k)
-        ids = ids.ravel()
-        values = values.ravel()
-        self.counts += np.bincount(ids, minlength=self.size)
-        self.sums += np.bincount(ids, values, minlength=self.size)
-        np.minimum.at(self.low, ids, values)
-        np.maximum.at(self.high, ids, values)
-        self.top.add(ids, values, refs, refs // T)
-        keys = rng.random(len(ids), dtype=np.float32)
-        self.random.add(ids, keys, refs, refs // T, values)
+    def active(self):
+        """Per feature the tokens at which it is active, ascending, and its codes there."""
+        order = np.argsort(self.ids, axis=None, kind="stable")
+        codes = self.values.ravel()[order]
+        tokens = np.floor_divide(order, self.ids.shape[2], out=order)
+        ends = np.cumsum(self.counts)[:-1]
+        return np.split(tokens, ends), np.split(codes, ends)
 
-    def start_contexts(self, ends, T, others):
-        """Between the first readings: the contexts to read, in the order of the data."""
-        self.steer = np.where(self.counts > 0, self.sums / self.counts.clip(1), 1.0)
-        self.histogram = np.zeros((self.size, N_BINS), dtype=np.int64)
-        self.refs = np.concatenate([self.top.refs, self.random.refs], 1)  # (F, slots)
-        self.start, self.end = context_bounds(ends, self.refs.clip(0), T)
-        quantiles = quantile_slots(self.random.codes, self.random.refs >= 0)
-        on_top = np.take_along_axis(self.random.refs, quantiles.clip(0), 1)[:, :, None]
-        repeated = (on_top == self.top.refs[:, None]).any(-1)
-        quantiles = np.where(repeated | (quantiles < 0), -1, quantiles + n_top)
-        top = np.where(self.top.refs >= 0, np.arange(n_top), -1)
-        self.shown = np.concatenate([top, quantiles], 1)  # (F, slots on the page), -1: none
-        self.on_page = np.zeros(self.refs.shape, dtype=bool)
-        feature, column = np.nonzero(self.shown >= 0)
-        self.on_page[feature, self.shown[feature, column]] = True
-        most = max((other.size for other in others), default=0)
-        self.beside = np.full(
-            (self.size, n_random, sum(other.k for other in others)),
-            -1,
-            dtype=np.int16 if most < 2**15 else np.int32,
-        )
-        self.shades = []  # of the contexts on the page: (number in refs, token, code)
-        refs = self.refs.ravel()
-        where = np.flatnonzero(refs >= 0)
-        self.order = where[np.argsort(refs[where], kind="stable")]
-        self.windows = refs[self.order] // T
+    def _describe(self, feature, tokens, codes, rng):
+        self.steer[feature] = codes.mean(dtype=np.float64)
+        self.range[feature] = codes.min(), codes.max()
+        self.histogram[feature], _ = np.histogram(codes, N_BINS)
+        windows = tokens // self.T
+        top = best_in_windows(codes, windows, n_top)
+        sample = best_in_windows(rng.random(len(codes)), windows, n_random)
+        self.top[feature, :len(top)] = tokens[top]
+        self.sample[feature, :len(sample)] = tokens[sample]
+        self.sample_codes[feature, :len(sample)] = codes[sample]
 
-    def read_contexts(self, codes, first_window):
-        """Take in the codes of windows from number first_window: histograms, and contexts."""
-        ids, values = codes[self.level]
-        span = np.where(self.high > self.low, self.high - self.low, 1)
-        bins = (values - self.low[ids]) / span[ids] * N_BINS
-        bins = ids * N_BINS + bins.astype(np.int64).clip(0, N_BINS - 1)
-        in_bins = np.bincount(bins.ravel(), minlength=self.histogram.size)
-        self.histogram += in_bins.reshape(self.histogram.shape)
-        others = [c.ids for i, c in enumerate(codes) if i != self.level]
-        beside = np.concatenate(others, -1) if others else None  # (B, T, k_others)
-        for b in range(len(ids)):
-            window = first_window + b
-            start, end = np.searchsorted(self.windows, [window, window + 1])
-            for part in np.array_split(self.order[start:end], (end - start) // 4096 + 1):
-                self._read_contexts_of_window(part, ids[b], values[b], window)
-                feature, slot = np.divmod(part, self.refs.shape[1])
-                sampled = slot >= n_top
-                if beside is not None:
-                    at = self.refs[feature, slot][sampled] % ids.shape[1]
-                    self.beside[feature[sampled], slot[sampled] - n_top] = beside[b, at]
+    def _choose_contexts(self, ends):
+        """Those on the pages: of the largest codes, then at QUANTILES of the sampled ones."""
+        slots = quantile_slots(self.sample_codes, self.sample >= 0)
+        at = np.where(slots >= 0, np.take_along_axis(self.sample, slots.clip(0), 1), -1)
+        repeated = (at[:, :, None] == self.top[:, None]).any(-1)
+        self.contexts = np.concatenate([self.top, np.where(repeated, -1, at)], 1)
+        self.start, self.end = context_bounds(ends, self.contexts.clip(0), self.T)
 
-    def _read_contexts_of_window(self, part, ids, values, window):
-        """Of contexts by their numbers in refs (R,): the codes, ids and values (T, k), around."""
-        part = part[self.on_page.ravel()[part]]
-        if not len(part):
-            return
-        T = len(ids)
-        feature = part // self.refs.shape[1]
-        start = self.start.ravel()[part] - window * T
-        end = self.end.ravel()[part] - window * T
-        near = start[:, None] + np.arange((end - start).max())  # (R, tokens)
-        mine = ids[near.clip(0, T - 1)] == feature[:, None, None]  # (R, tokens, k)
-        mine &= (near < end[:, None])[..., None]
-        row, column, place = np.nonzero(mine)
-        at = near[row, column]
-        self.shades.append((part[row], at + window * T, values[at, place].astype(np.float32)))
-
-    def finish_contexts(self):
-        """After the second reading: shades in the order of the contexts."""
-        parts = zip(*self.shades) if self.shades else [[np.zeros(0, dtype=np.int64)]] * 3
-        number, at, code = [np.concatenate(part) for part in parts]
-        order = np.lexsort((at, number))
-        self.shades = number[order], at[order], code[order]
-
-    def shades_of(self, feature, slot):
-        """Tokens (S,) around a context at which its feature is active, and its codes (S,) there."""
-        numbers, at, codes = self.shades
-        number = feature * self.refs.shape[1] + slot
-        start, end = np.searchsorted(numbers, [number, number + 1])
-        return at[start:end], codes[start:end]
+    def codes_between(self, feature, start, end):
+        """Tokens from start to before end, in one window, where a feature is active; its codes."""
+        window, first = divmod(start, self.T)
+        among = slice(first, first + end - start)
+        at, place = np.nonzero(self.ids[window, among] == feature)
+        return start + at, self.values[window, among][at, place]
 
 
-# -----------------------------------------------------------------------------
-# reading the data
-
-@torch.no_grad()
-def codes_of(model, idx):
-    """idx (B, T) -> per layer and level Codes of numpy arrays (B, T, k)."""
-    idx = torch.from_numpy(idx).to(model.wte.weight.device)
-    layers = []
-    for codes in model.run_with_codes(idx, n_logits=1)[1]:
-        layers.append([Codes(c.ids.cpu().numpy(), c.values.float().cpu().numpy()) for c in codes])
-    return layers
-
-
-class GeluSlopes:
-    """While it is entered: each layer's mean slope of GELU per neuron, over the tokens read."""
-
-    def __init__(self, model):
-        self.layers = [block.mlp.c_fc for block in model.blocks]
-        self.sums = [0.0] * len(self.layers)  # (4d,) each
-        self.tokens = 0
-
-    def __enter__(self):
-        self.hooks = []
-        for layer, c_fc in enumerate(self.layers):
-            self.hooks.append(c_fc.register_forward_hook(functools.partial(self._add, layer)))
-        return self
-
-    def __exit__(self, *_):
-        for hook in self.hooks:
-            hook.remove()
-
-    def _add(self, layer, module, inputs, output):
-        hidden = output.float().flatten(0, 1)  # (N, 4d)
-        slopes = torch.ops.aten.gelu_backward(torch.ones_like(hidden), hidden)
-        self.sums[layer] = self.sums[layer] + slopes.sum(0)
-        self.tokens += len(hidden) if layer == 0 else 0
-
-    def means(self):
-        return [sums / self.tokens for sums in self.sums]
-
-
-def batches(windows, label):
-    """The number of each batch's first window and its windows, with a progress bar."""
-    for first in tqdm(range(0, len(windows), batch_size), desc=label, unit="batch"):
-        yield first, windows[first:first + batch_size]
-
-
-def read(model, windows, characters):
+def neighbours(reader, other, active, n_tokens):
     """
-    The first two readings of windows (M, T); characters (V,) of each token.
+    The features of a level of the same layer that are active most like each of the reader's own.
 
-    Returns a LevelReader per layer and level, and each layer's mean GELU slopes (4d,).
+    active: the tokens of each, of reader.active(). Yields for each its rows [level, id, tokens at
+    which both are active, correlation], most alike first.
     """
-    readers = []
-    for layer, sae in enumerate(model.saes()):
-        readers.append([LevelReader(layer, level, sae) for level in range(len(sae.levels))])
-    rng = np.random.default_rng(0)
-    with GeluSlopes(model) as slopes:
-        for first, batch in batches(windows, "counting"):
-            for layer, codes in zip(readers, codes_of(model, batch)):
-                for reader in layer:
-                    reader.count(codes, first, rng)
-    ends = np.concatenate([[0], np.cumsum(characters[windows.ravel()])])
-    for layer in readers:
-        for reader in layer:
-            others = [other for other in layer if other is not reader]
-            reader.start_contexts(ends, windows.shape[1], others)
-    for first, batch in batches(windows, "contexts"):
-        for layer, codes in zip(readers, codes_of(model, batch)):
-            for reader in layer:
-                reader.read_contexts(codes, first)
-    for layer in readers:
-        for reader in layer:
-            reader.finish_contexts()
-    return readers, slopes.means()
+    ids = other.ids.reshape(n_tokens, -1)  # a copy, in memory
+    shares = other.counts / n_tokens
+    deviations = np.sqrt(shares * (1 - shares)).clip(1e-12)
+    for feature, tokens in enumerate(active):
+        both = np.bincount(ids[tokens].ravel(), minlength=other.size)
+        share = len(tokens) / n_tokens
+        deviation = max(math.sqrt(share * (1 - share)), 1e-12)
+        correlation = (both / n_tokens - share * shares) / deviations / deviation
+        if other is reader:
+            correlation[feature] = 0
+        best = np.argpartition(-correlation, N_NEAR)[:N_NEAR]
+        best = best[np.argsort(-correlation[best], kind="stable")]
+        best = best[correlation[best] > 0]
+        yield [[other.level, int(i), int(both[i]), round(float(correlation[i]), 3)] for i in best]
 
 
 # -----------------------------------------------------------------------------
@@ -448,30 +429,38 @@ def divergence(share, base):
 
 
 # -----------------------------------------------------------------------------
-# effects: the first-order estimate, and the third reading, which measures
+# effects: the first-order estimate, and what is measured
 
 @torch.no_grad()
-def first_order(model, layer, level, features, slopes, n_vocab):
-    """Changes of the logits per unit of code to first order, (len(features), n_vocab)."""
+def first_order(model, layer, level, features, slopes, tokens):
+    """Changes of the logits of tokens (A,) per unit of code to first order, (features, A)."""
     block = model.blocks[layer]
     hidden = block.mlp.c_fc.weight @ block.sae.atoms(level, features).T  # (4d, features)
     written = block.mlp.c_proj.weight @ (slopes[:, None] * hidden)  # (d, features)
-    return (model.wte.weight[:n_vocab] @ (model.ln_f.weight[:, None] * written)).T
+    return (model.wte.weight[tokens] @ (model.ln_f.weight[:, None] * written)).T
 
 
-def extremes(effects, among, n=10):
+def extremes(effects, tokens, n=10):
     """
-    The tokens, of some (A,), that effects (features, V) raise and lower most.
+    The tokens, of some (A,), that effects (features, A) raise and lower most.
 
     Returns ids and values (features, 2 n), most raised first; fewer of fewer than 2 n tokens.
     """
-    n = min(n, len(among) // 2)
-    effects = effects[:, among]
+    n = min(n, len(tokens) // 2)
     up = effects.topk(n)
     down = effects.topk(n, largest=False)
-    ids = among[torch.cat([up.indices, down.indices.flip(1)], 1)]
+    ids = tokens[torch.cat([up.indices, down.indices.flip(1)], 1)]
     values = torch.cat([up.values, down.values.flip(1)], 1)
     return ids.cpu().numpy(), values.cpu().numpy()
+
+
+def spread(effects):
+    """Histograms of effects (features, A): counts (features, N_MOVED), from least to largest."""
+    low = effects.amin(1, keepdim=True)
+    width = (effects.amax(1, keepdim=True) - low).clamp_min(1e-12)
+    bins = ((effects - low) / width * N_MOVED).long().clamp_max(N_MOVED - 1)
+    counts = torch.zeros(len(effects), N_MOVED, dtype=torch.int64, device=effects.device)
+    return counts.scatter_add_(1, bins, torch.ones_like(bins)).tolist()
 
 
 def seen_tokens(windows, n_vocab, device):
@@ -484,8 +473,9 @@ def seen_tokens(windows, n_vocab, device):
 class Effects:
     """Sums over tokens at which features of one level were steered; m features."""
 
-    def __init__(self, features, n_features, n_layers, n_vocab, device):
+    def __init__(self, features, chances, n_features, n_layers, n_vocab, device):
         self.features = features  # (m,), ascending
+        self.chances = torch.from_numpy(chances).float().to(device)  # (m,), of a token to be taken
         self.slots = torch.full((n_features,), -1, device=device)  # place in features
         self.slots[torch.from_numpy(features)] = torch.arange(len(features), device=device)
         self.tokens = torch.zeros(len(features), device=device)
@@ -577,10 +567,9 @@ def measure_level(model, reader, base, generator):
     device = base.kv.device
     ids = base.codes[reader.layer][reader.level].ids  # (B, T, k)
     slots = effects.slots[ids]
-    chance = MEASURED_TOKENS / reader.counts[effects.features]
-    chance = torch.from_numpy(chance).float().to(device)
-    drawn = torch.rand(ids.shape, generator=generator, device=device) < chance[slots.clamp_min(0)]
-    where = torch.nonzero(drawn & (slots >= 0))  # (R, 3), ascending
+    keys = torch.rand(ids.shape, generator=generator, device=device)
+    drawn = (slots >= 0) & (keys < effects.chances[slots.clamp_min(0)])
+    where = torch.nonzero(drawn)  # (R, 3), ascending
     steer = torch.from_numpy(reader.steer).float().to(device)
     n_vocab = effects.changes.shape[1]
     for window, position, place in (part.unbind(1) for part in where.split(ROWS)):
@@ -597,25 +586,29 @@ def measure_level(model, reader, base, generator):
 
 @torch.no_grad()
 def measure(model, windows, readers, n_vocab):
-    """The third reading: the effects of each level's n_measured most frequent features."""
-    device = model.wte.weight.device
-    for layer in readers:
-        for reader in layer:
-            features = np.argsort(-reader.counts, kind="stable")[:n_measured]
-            features = np.sort(features[reader.counts[features] > 0])
-            n_layers = len(readers) - reader.layer
-            reader.effects = Effects(features, reader.size, n_layers, n_vocab, device)
+    """
+    The effects of each level's n_measured most frequent features, at tokens of windows (m, T).
+
+    windows: the first of those that were read, which are in a random order.
+    """
     if n_measured == 0:
         return
+    device = model.wte.weight.device
+    every_reader = [reader for layer in readers for reader in layer]
+    for reader in every_reader:
+        counts = np.bincount(reader.ids[:len(windows)].ravel(), minlength=reader.size)
+        features = np.argsort(-reader.counts, kind="stable")[:n_measured]
+        features = np.sort(features[counts[features] > 0])
+        chances = MEASURED_TOKENS / counts[features]
+        n_layers = len(readers) - reader.layer
+        reader.effects = Effects(features, chances, reader.size, n_layers, n_vocab, device)
     generator = torch.Generator(device).manual_seed(0)
-    for _, batch in batches(windows, "measuring"):
+    for batch in batches(windows, "measuring"):
         base = forward(model, torch.from_numpy(batch).to(device))
-        for layer in readers:
-            for reader in layer:
-                measure_level(model, reader, base, generator)
-    for layer in readers:
-        for reader in layer:
-            reader.effects.finish()
+        for reader in every_reader:
+            measure_level(model, reader, base, generator)
+    for reader in every_reader:
+        reader.effects.finish()
 
 
 def correlations(one, other):
@@ -698,13 +691,14 @@ def read_labels(path, saes):
 # writing the site
 
 class Reading(NamedTuple):
-    """What the readings found, for the pages."""
+    """What was read, for the pages."""
 
     windows: np.ndarray  # (M, T)
     readers: list  # per layer and level a LevelReader
     slopes: list  # per layer (4d,)
     candidates: list  # of captions, (M, T) each
     among: torch.Tensor  # tokens that are told as raised and lowered
+    n_vocab: int
 
 
 def save(directory, key, value):
@@ -715,26 +709,22 @@ def save(directory, key, value):
         file.write(f"loaded({json.dumps(key)},{json.dumps(value, separators=(',', ':'))})")
 
 
+def saved(directory, key):
+    """The value of data/key.js."""
+    text = read_text(os.path.join(directory, "data", key + ".js"))
+    return json.loads(text[text.index(",") + 1:-1])
+
+
+def published(path):
+    """A path as the site may tell it: none of this machine's, so far as it wasn't given so."""
+    if not os.path.isabs(path):
+        return path
+    here = os.path.relpath(path)
+    return os.path.join(*path.split(os.sep)[-2:]) if here.startswith("..") else here
+
+
 def rounded(values, digits=2):
     return [round(float(v), digits) for v in values]
-
-
-def co_active(reader, feature, others, n_tokens, limit=8):
-    """
-    Features of other levels, by how far they exceed their frequency beside a feature.
-
-    Returns [level, id, samples beside the feature] of each.
-    """
-    rows = reader.beside[feature][reader.random.refs[feature] >= 0]  # (samples, k_others)
-    found = []
-    start = 0
-    for other in others:
-        ids, counts = np.unique(rows[:, start:start + other.k], return_counts=True)
-        excess = counts - other.counts[ids] / n_tokens * len(rows)
-        for e, i, count in zip(excess, ids, counts):
-            found.append((e, other.level, int(i), int(count)))
-        start += other.k
-    return [list(row[1:]) for row in sorted(found, reverse=True)[:limit]]
 
 
 def context(reader, feature, column, T):
@@ -744,112 +734,122 @@ def context(reader, feature, column, T):
     Codes are token, code, token, code, ... wherever the feature is active; the quantile is a
     percentage, or -1 for a context of one of the largest codes.
     """
-    slot = reader.shown[feature, column]
-    ref = int(reader.refs[feature, slot])
-    window = ref // T
-    at, codes = reader.shades_of(feature, slot)
+    window, token = divmod(int(reader.contexts[feature, column]), T)
+    start, end = int(reader.start[feature, column]), int(reader.end[feature, column])
+    at, codes = reader.codes_between(feature, start, end)
     shades = []
-    for token, code in zip((at - window * T).tolist(), rounded(codes)):
-        shades += [token, code]
-    start = int(reader.start[feature, slot]) - window * T
-    end = int(reader.end[feature, slot]) - window * T
+    for place, code in zip((at - window * T).tolist(), rounded(codes)):
+        shades += [place, code]
     quantile = round(100 * QUANTILES[column - n_top]) if column >= n_top else -1
-    return [window, ref % T, start, end, shades, quantile]
+    return [window, token, start - window * T, end - window * T, shades, quantile]
 
 
-def measured_effects(effects, slot, among, estimate, correlation):
-    """The measured effects of a feature for its page; estimate (V,): its first-order one."""
-    change = effects.changes[slot]
-    ids, values = (part[0] for part in extremes(change[None], among))
-    lengths = effects.lengths[slot]
-    return {
-        "tokens": int(effects.tokens[slot]),
-        "ids": ids.tolist(),
-        "by": rounded(values, 4),
-        "estimate": rounded(estimate[ids], 4),
-        "correlation": round(float(correlation), 3),
-        "reach": rounded(lengths / lengths[0].clamp_min(1e-12), 3),
-    }
+def told(effects, tokens):
+    """
+    For each feature what its page tells of its effects (features, A) on tokens (A,).
+
+    ids and by: tokens raised and lowered, and by how much; moved: how many are by how much, a
+    histogram from the least to the largest.
+    """
+    rows = []
+    sides = torch.stack([effects.amin(1), effects.amax(1)], 1).tolist()
+    for ids, by, low_high, counts in zip(*extremes(effects, tokens), sides, spread(effects)):
+        moved = {"range": rounded(low_high, 4), "counts": counts}
+        rows.append({"ids": ids.tolist(), "by": rounded(by, 4), "moved": moved})
+    return rows
 
 
-def write_chunk(directory, model, reader, reading, features, table):
-    """The pages of some features of a level; fills the table's columns that need their effects."""
-    readers = reading.readers[reader.layer]
-    others = [other for other in readers if other is not reader]
-    n_vocab = reader.effects.changes.shape[1]
-    slopes = reading.slopes[reader.layer]
-    estimates = first_order(model, reader.layer, reader.level, features, slopes, n_vocab)
-    steer = torch.from_numpy(reader.steer[features]).float().to(estimates.device)
-    estimates = estimates * steer[:, None]
-    slots = reader.effects.slots.cpu().numpy()[features]
-    measured = np.flatnonzero(slots >= 0)
-    correlation = np.zeros(len(features))
-    changes = reader.effects.changes[slots[measured]]
-    correlation[measured] = correlations(changes, estimates[measured])
-    pages = []
-    told = extremes(estimates, reading.among)
-    for row, (feature, ids, values) in enumerate(zip(features, *told)):
-        columns = np.flatnonzero(reader.shown[feature] >= 0)
-        page = {
-            "contexts": [context(reader, feature, i, reading.windows.shape[1]) for i in columns],
-            "sampled": int((reader.random.refs[feature] >= 0).sum()),
-            "histogram": reader.histogram[feature].tolist(),
-            "ids": ids.tolist(),
-            "by": rounded(values, 4),
-            "beside": co_active(reader, feature, others, reading.windows.size),
-        }
-        if reader.counts[feature]:
-            page["range"] = rounded([reader.low[feature], reader.high[feature]], 3)
-        if slots[row] >= 0:
-            page["measured"] = measured_effects(
-                reader.effects, slots[row], reading.among, estimates[row].cpu(), correlation[row]
-            )
-            table["measured"].append(int(feature))
-        best = page.get("measured", page)
-        table["raises"].append([i for i, by in zip(best["ids"][:3], best["by"]) if by > 0])
-        pages.append(page)
-    save(directory, f"{reader.layer}/{reader.level}/{features[0] // CHUNK}", pages)
-    return correlation[measured]
+def raised(row):
+    """The three tokens that a row of told is said to raise, at most."""
+    return [token for token, by in zip(row["ids"][:3], row["by"]) if by > 0]
+
+
+@torch.no_grad()
+def estimated(model, reader, slopes, features, tokens):
+    """First-order effects of steering, (features, A)."""
+    effects = first_order(model, reader.layer, reader.level, features, slopes, tokens)
+    steer = torch.from_numpy(reader.steer[features]).to(effects.device)
+    return effects * steer[:, None]
 
 
 def write_level(directory, model, reader, reading):
-    """
-    The table of one level of one layer, and its features in chunks.
-
-    Returns the correlations of first-order and measured effects.
-    """
+    """The table of one level of one layer, and its features in files of CHUNK."""
+    n_tokens = reading.windows.size
     flat = reading.windows.ravel()
-    kinds, said, shares = captions(reader.random.refs, reading.candidates)
+    kinds, said, shares = captions(reader.sample, reading.candidates)
+    at = np.concatenate([reader.top, reader.sample], 1)
     tokens_of = []
-    for refs in reader.refs:
+    for refs in at:
         ids, counts = np.unique(flat[refs[refs >= 0]], return_counts=True)
         tokens_of.append(ids[np.argsort(-counts, kind="stable")][:4].tolist())
+    active, _ = reader.active()
+    levels = reading.readers[reader.layer]
+    near = zip(*[neighbours(reader, other, active, n_tokens) for other in levels])
+    raises = []
+    for first in range(0, reader.size, CHUNK):
+        features = np.arange(first, min(first + CHUNK, reader.size))
+        slopes = reading.slopes[reader.layer]
+        effects = estimated(model, reader, slopes, features, reading.among)
+        pages = []
+        for feature, page in zip(features, told(effects, reading.among)):
+            raises.append(raised(page))
+            columns = np.flatnonzero(reader.contexts[feature] >= 0)
+            page["contexts"] = [context(reader, feature, i, reader.T) for i in columns]
+            page["sampled"] = int((reader.sample[feature] >= 0).sum())
+            page["near"] = sum(next(near), [])
+            if reader.counts[feature]:
+                page["histogram"] = reader.histogram[feature].tolist()
+                page["range"] = rounded(reader.range[feature], 3)
+            pages.append(page)
+        save(directory, f"{reader.layer}/{reader.level}/{first // CHUNK}", pages)
     table = {
         "count": reader.counts.tolist(),
         "mean": rounded(reader.steer),
-        "max": rounded(np.where(reader.counts > 0, reader.high, 0)),
+        "max": rounded(reader.range[:, 1]),
         "kind": kinds.tolist(),
         "says": said.tolist(),
         "share": shares.tolist(),
         "tokens": tokens_of,
-        "raises": [],  # tokens, by the measured effect where there is one
-        "measured": [],  # features
+        "raises": raises,  # tokens, by the estimate
     }
-    found = []
-    for first in range(0, reader.size, CHUNK):
-        features = np.arange(first, min(first + CHUNK, reader.size))
-        found.append(write_chunk(directory, model, reader, reading, features, table))
     save(directory, f"{reader.layer}/{reader.level}/table", table)
-    return np.concatenate(found)
+
+
+def write_measured(directory, model, reader, reading):
+    """
+    The measured effects of one level of one layer, by feature.
+
+    Returns the correlation of each with its first-order estimate.
+    """
+    effects = reader.effects
+    if effects is None:
+        save(directory, f"{reader.layer}/{reader.level}/measured", {})
+        return np.zeros(0)
+    every_token = torch.arange(reading.n_vocab, device=effects.changes.device)
+    slopes = reading.slopes[reader.layer]
+    estimates = estimated(model, reader, slopes, effects.features, every_token)
+    correlation = correlations(effects.changes, estimates)
+    reach = effects.lengths / effects.lengths[:, :1].clamp_min(1e-12)
+    found = {}
+    for slot, row in enumerate(told(effects.changes[:, reading.among], reading.among)):
+        row["tokens"] = int(effects.tokens[slot])
+        row["estimate"] = rounded(estimates[slot, row["ids"]], 4)
+        row["correlation"] = round(float(correlation[slot]), 3)
+        row["reach"] = rounded(reach[slot], 3)
+        found[int(effects.features[slot])] = row
+    save(directory, f"{reader.layer}/{reader.level}/measured", found)
+    return correlation
 
 
 def level_summary(reader, n_tokens, correlation):
-    """A level's part of the front page."""
+    """A level's part of the front page; correlation: of its measured features."""
     frequency = reader.counts / n_tokens
     decades = np.log10(np.maximum(frequency[frequency > 0], 1e-6))
     halves, _ = np.histogram(decades, bins=np.linspace(-6, 0, 13))  # half decades
-    lengths = reader.effects.lengths
-    reach = (lengths / lengths[:, :1].clamp_min(1e-12)).mean(0) if len(lengths) else []
+    reach = []
+    if len(correlation):
+        lengths = reader.effects.lengths
+        reach = (lengths / lengths[:, :1].clamp_min(1e-12)).mean(0)
     return {
         "dead": int((reader.counts == 0).sum()),
         "rare": int((frequency < RARE).sum()) if n_tokens > 1 / RARE else None,
@@ -882,7 +882,6 @@ def card(checkpoint, model, reading):
         ["explained, mean of layers", f"{share:.1%}"],
         ["tokens read here", f"{n_tokens:,}"],
         ["features never active here", f"{dead:,} of {n_features:,}"],
-        ["measured effects", f"{sum(len(r.effects.features) for r in readers):,} features"],
     ]
 
 
@@ -917,47 +916,55 @@ def write_vocabulary(directory, encoding):
     save(directory, "vocab", words)
 
 
-def write_site(directory, model, reading, source):
-    """The pages of the features; source: of the data. Returns what the front page says of them."""
+def write_front(directory, model, reading, encoding, places, source):
+    """The front page, of what is known before effects are measured. Returns what it tells."""
     page = os.path.join(os.path.dirname(os.path.abspath(__file__)), "features.html")
     shutil.copyfile(page, os.path.join(directory, "index.html"))
-    n_features = sum(reader.size for layer in reading.readers for reader in layer)
-    summary = []
-    with tqdm(total=n_features, desc="writing", unit="feature") as bar:
-        for layer in reading.readers:
-            summary.append([])
-            for reader in layer:
-                correlation = write_level(directory, model, reader, reading)
-                summary[-1].append(level_summary(reader, reading.windows.size, correlation))
-                bar.update(reader.size)
     sae = model.saes()[0]
     levels = []
     for level, bits in zip(sae.levels, sae.block_bits):
         levels.append({"n": level.n, "k": level.k, "m": bits})
-    return {
-        "checkpoint": os.path.abspath(ckpt),
+    summary = []
+    for layer in reading.readers:
+        summary.append([level_summary(reader, reading.windows.size, []) for reader in layer])
+    name = published(ckpt)
+    site = {
+        "unfinished": True,
+        "checkpoint": name,
+        "command": f"python sample.py --ckpt={shlex.quote(name)}",
         "tokens": reading.windows.size,
         "layers": len(reading.readers),
         "levels": levels,
         "chunk": CHUNK,
         "summary": summary,
-        "steered": MEASURED_TOKENS,
         "rare": RARE,
-        "files": source.paths,
+        "files": [published(path) for path in source.paths],
         "data": [len(reading.windows), reading.windows.shape[1]],
+        "windowsFile": write_windows(directory, reading.windows, places),
     }
+    write_vocabulary(directory, encoding)
+    save(directory, "pages", [])
+    return site
+
+
+def add_page(directory, name, title, script):
+    """
+    Add a page of another tool to a site, or replace it: #/name, with its title in the header.
+
+    script: JavaScript that ends in loaded("name.page", parts => ...), a function that shows the
+    page of an address #/name/part/... . All of features.html's functions are there for it (show, h,
+    load, loadTables, captioned, histogram, ...), and what save wrote is there for load.
+    """
+    write_text(os.path.join(directory, "data", name + ".page.js"), script)
+    pages = [page for page in saved(directory, "pages") if page["name"] != name]
+    save(directory, "pages", [*pages, {"name": name, "title": title}])
 
 
 # -----------------------------------------------------------------------------
 # the script
 
-def check_settings():
-    """Raise ValueError for a setting that makes no sense, before anything is loaded."""
-    for key in ("tokens", "text_tokens", "batch_size", "n_top", "n_random"):
-        if globals()[key] < 1:
-            raise ValueError(f"{key}={globals()[key]}: must be at least 1")
-    if n_measured < 0:
-        raise ValueError(f"n_measured={n_measured}: must be at least 0")
+def check_files():
+    """Raise ValueError for a file that is missing or empty, before anything is loaded."""
     for path in (text, labels):
         if path and not os.path.isfile(path):
             raise ValueError(f"{path}: no such file")
@@ -975,40 +982,88 @@ def choose_windows(source):
     return source.read(numbers)[:, :-1], np.stack([shards, starts], 1).tolist()
 
 
+@contextlib.contextmanager
+def site_directory(model, windows):
+    """
+    out_dir to fill, and its file of codes: new, or as a run of the same model and windows left it.
+
+    Raises ValueError if anything else is there.
+    """
+    if not out_dir.strip("/"):
+        raise ValueError(f"out_dir={out_dir!r}: must name a new directory")
+    digest = hashlib.sha256(windows.tobytes())
+    for tensor in model.state_dict().values():
+        digest.update(tensor.cpu().numpy().tobytes())
+    mark = os.path.join(out_dir, "unfinished")  # by which an interrupted run's is known
+    codes = os.path.join(out_dir, "codes.bin")
+    another = "choose another --out_dir, or remove it"
+    if os.path.exists(out_dir) and os.listdir(out_dir) and not os.path.exists(mark):
+        raise ValueError(f"{out_dir} is there already: {another}")
+    with lock(out_dir):
+        begun = os.path.exists(codes) and os.path.getsize(codes)
+        if begun and read_text(mark) != digest.hexdigest():
+            raise ValueError(f"{out_dir} was begun with another checkpoint or other tokens: "
+                             f"finish it with those, {another}")
+        write_text(mark, digest.hexdigest())
+        try:
+            yield out_dir, codes
+        except BaseException:
+            whole = len(windows) * record_type(model, windows.shape[1]).itemsize
+            share = os.path.getsize(codes) / whole if os.path.exists(codes) else 0
+            print(f"{out_dir} is unfinished, with {share:.0%} of the codes: the same command goes "
+                  "on from there", file=sys.stderr)
+            raise
+        os.remove(codes)
+        os.remove(mark)
+
+
 def main():
-    configure(globals())
-    check_settings()
-    with new_directory(out_dir) as directory:
-        checkpoint = load_checkpoint(ckpt)
-        model = build_model(checkpoint, ckpt).to(pick_device(device)).eval()
-        if not model.saes():
-            raise ValueError(f"{ckpt} is a dense twin: it has no features")
-        encoding = get_tokenizer(checkpoint["config"]["tokenizer"])
-        by_hand = read_labels(labels, model.saes()) if labels else {}
-        text_ids = encoding.encode_ordinary(read_text(text)) if text else []
-        source = run_windows(checkpoint["config"], split, data_dir)
-        windows, places = choose_windows(source)
-        readers, slopes = read(model, windows, character_counts(encoding))
-        measure(model, windows, readers, encoding.n_vocab)
-        candidates, words = caption_candidates(windows, encoding)
+    at_least = dict(tokens=1, text_tokens=1, batch_size=1, n_top=1, n_random=1, n_measured=0)
+    configure(globals(), at_least=at_least)
+    check_files()
+    checkpoint = load_checkpoint(ckpt)
+    model = build_model(checkpoint, ckpt).to(pick_device(device)).eval()
+    if not model.saes():
+        raise ValueError(f"{ckpt} is a dense twin: it has no features")
+    encoding = get_tokenizer(checkpoint["config"]["tokenizer"])
+    by_hand = read_labels(labels, model.saes()) if labels else {}
+    text_ids = encoding.encode_ordinary(read_text(text)) if text else []
+    source = run_windows(checkpoint["config"], split, data_dir)
+    windows, places = choose_windows(source)
+    with site_directory(model, windows) as (directory, codes):
+        index = os.path.join(os.path.abspath(directory), "index.html")
+        print(f"reading {windows.size:,} of {len(source) * source.block_size:,} tokens, drawn at "
+              "random; --tokens sets how many")
+        readers, slopes = read(model, windows, character_counts(encoding), codes)
         among = seen_tokens(windows, encoding.n_vocab, model.wte.weight.device)
-        reading = Reading(windows, readers, slopes, candidates, among)
-        site = write_site(directory, model, reading, source)
+        candidates, words = caption_candidates(windows, encoding)
+        reading = Reading(windows, readers, slopes, candidates, among, encoding.n_vocab)
+        site = write_front(directory, model, reading, encoding, places, source)
         site["card"] = card(checkpoint, model, reading)
-        site["windowsFile"] = write_windows(directory, windows, places)
         site["text"] = min(len(text_ids), text_tokens)
         site["textTokens"] = len(text_ids)
         site["textName"] = os.path.basename(text)
-        if text_ids:
-            write_text_page(directory, model, encoding, text_ids[:text_tokens])
-        write_vocabulary(directory, encoding)
         save(directory, "words", words)
         save(directory, "labels", by_hand)
+        save(directory, "site", site)
+        print(f"open {index}: the front page is there, the others follow")
+        every_reader = [reader for layer in readers for reader in layer]
+        for reader in tqdm(every_reader, desc="writing", unit="level", disable=None):
+            write_level(directory, model, reader, reading)
+        if text_ids:
+            write_text_page(directory, model, encoding, text_ids[:text_tokens])
+        n_read = max(1, MEASURED_READ // windows.shape[1])
+        measure(model, windows[:n_read], readers, encoding.n_vocab)
+        for reader in every_reader:
+            correlation = write_measured(directory, model, reader, reading)
+            row = level_summary(reader, windows.size, correlation)
+            site["summary"][reader.layer][reader.level] = row
+        del site["unfinished"]
         save(directory, "site", site)
     if len(text_ids) > text_tokens:
         print(f"{text}: its first {text_tokens:,} of {len(text_ids):,} tokens have a page; "
               "--text_tokens raises the limit")
-    print(f"open {os.path.join(os.path.abspath(out_dir), 'index.html')}")
+    print(f"{index} is whole")
 
 
 if __name__ == "__main__":
