@@ -596,6 +596,7 @@ def test_a_task_that_the_model_cannot_do_is_left_out(trained, tmp_path):
 @pytest.mark.parametrize("arguments, told", [
     ([], "give either --task or --prompt"),
     (["--task=quotes"], "task='quotes': the tasks are quote, bracket"),
+    (["--task=quote", "--patch=a"], "belong to --prompt"),
     (["--prompt=a"], "--prompt needs --answer"),
     (["--prompt=a", "--answer=b", "--patch=c"], "--patch and --wrong belong together"),
     (["--prompt=a", "--answer=b", "--patch=cc", "--wrong=d"], "must be of as many tokens"),

@@ -398,52 +398,50 @@ STYLE = (
     "@media(prefers-color-scheme:dark){text{fill:#ddd}svg{background:#111}}"
 )
 COLOURS = ("#d60", "#36c", "#0a7", "#a3a", "#777", "#b80", "#c33")
+LEFT, TOP, WIDTH, HEIGHT, GAP = 40, 40, 300, 220, 50  # of a panel, in pixels
 
 
-def curve(row, x_of, y_of, colour):
-    """A row's faithfulness over nodes kept, with its interval, as SVG."""
-    best = row["best"]
-    upper = [f"{x_of(i):.1f},{y_of(high):.1f}" for i, high in enumerate(best["high"])]
-    lower = [f"{x_of(i):.1f},{y_of(low):.1f}" for i, low in enumerate(best["low"])]
-    middle = [f"{x_of(i):.1f},{y_of(value):.1f}" for i, value in enumerate(best["value"])]
-    return [f'<polygon points="{" ".join(upper + lower[::-1])}" fill="{colour}" opacity=".15"/>',
-            f'<polyline points="{" ".join(middle)}" stroke="{colour}"/>']
+def panel(result, start, colours):
+    """A task's rows, faithfulness with its interval over nodes kept, as SVG from x = start on."""
+    def points(shares):
+        return [f"{start + WIDTH * i / (len(SIZES) - 1):.1f},{height_of(share):.1f}"
+                for i, share in enumerate(shares)]
+
+    parts = [f'<text x="{start}" y="18">{escape(result["task"])}: faithfulness</text>']
+    for share in (0, 0.5, 1):
+        y = height_of(share)
+        parts += [f'<line class="grid" x1="{start}" x2="{start + WIDTH}" y1="{y}" y2="{y}"/>',
+                  f'<text x="{start - 6}" y="{y + 4}" text-anchor="end">{share}</text>']
+    for i, size in enumerate(SIZES):
+        x = start + WIDTH * i / (len(SIZES) - 1)
+        parts.append(f'<text x="{x}" y="{TOP + HEIGHT + 34}" text-anchor="middle">{size}</text>')
+    for row in result["rows"]:
+        best, colour = row["best"], colours[row["name"]]
+        outline = " ".join(points(best["high"]) + points(best["low"])[::-1])
+        middle = " ".join(points(best["value"]))
+        parts += [f'<polygon points="{outline}" fill="{colour}" opacity=".15"/>',
+                  f'<polyline points="{middle}" stroke="{colour}"/>']
+    return parts
+
+
+def height_of(share):
+    """Where a faithfulness is in a panel."""
+    return TOP + HEIGHT * (1 - min(1.1, max(-0.1, share)))
 
 
 def chart(results):
     """Faithfulness over nodes kept, a panel for each task, as SVG text, in light and dark."""
-    left, top, width, height, gap = 40, 40, 300, 220, 50
     names = list(dict.fromkeys(row["name"] for result in results for row in result["rows"]))
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
-    total_width = left + len(results) * (width + gap)
-    total_height = top + height + 40 + 18 * len(names)
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total_width} {total_height}" '
-             'font-family="sans-serif" font-size="12">', f"<style>{STYLE}</style>"]
-
-    def y_of(share):
-        return top + height * (1 - min(1.1, max(-0.1, share)))
-
-    for panel, result in enumerate(results):
-        start = left + panel * (width + gap)
-
-        def x_of(i, start=start):
-            return start + width * i / (len(SIZES) - 1)
-
-        parts.append(f'<text x="{start}" y="18">{escape(result["task"])}: faithfulness</text>')
-        for share in (0, 0.5, 1):
-            y = y_of(share)
-            parts += [f'<line class="grid" x1="{start}" x2="{start + width}" y1="{y}" y2="{y}"/>',
-                      f'<text x="{start - 6}" y="{y + 4}" text-anchor="end">{share}</text>']
-        for i, size in enumerate(SIZES):
-            parts.append(f'<text x="{x_of(i):.1f}" y="{top + height + 34}" text-anchor="middle">'
-                         f"{size}</text>")
-        for row in result["rows"]:
-            parts += curve(row, x_of, y_of, colours[row["name"]])
+    width = LEFT + len(results) * (WIDTH + GAP)
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="12" '
+             f'viewBox="0 0 {width} {TOP + HEIGHT + 50 + 18 * len(names)}">',
+             f"<style>{STYLE}</style>"]
+    for i, result in enumerate(results):
+        parts += panel(result, LEFT + i * (WIDTH + GAP), colours)
     for i, (name, colour) in enumerate(colours.items()):
-        y = top + height + 58 + 18 * i
-        parts.append(f'<line x1="{left}" x2="{left + 24}" y1="{y - 4}" y2="{y - 4}" '
-                     f'stroke="{colour}" stroke-width="2"/>'
-                     f'<text x="{left + 32}" y="{y}">{escape(name)}</text>')
+        y = TOP + HEIGHT + 58 + 18 * i
+        parts.append(f'<text x="{LEFT}" y="{y}" style="fill:{colour}">{escape(name)}</text>')
     return "\n".join(parts + ["</svg>"])
 
 
@@ -458,6 +456,8 @@ def check_settings():
     unknown = [name for name in task_names() if name not in TASKS]
     if unknown:
         raise ValueError(f"task={unknown[0]!r}: the tasks are {', '.join(TASKS)}")
+    if task and (answer or patch or wrong or site):
+        raise ValueError("--answer, --patch, --wrong and --site belong to --prompt, not to --task")
     if prompt and not answer:
         raise ValueError("--prompt needs --answer, the text that goes on with it")
     if bool(patch) != bool(wrong):
