@@ -160,9 +160,9 @@ def _check_bounds(settings, choices, at_least, at_most, below):
             raise ValueError(f"{key}={settings[key]!r}: must be one of "
                              + ", ".join(map(repr, allowed)))
     checks = (
-        ("at least", operator.ge, at_least),
         ("at most", operator.le, at_most),
         ("below", operator.lt, below),
+        ("at least", operator.ge, at_least),
     )
     for words, holds, bounds in checks:
         for key, bound in bounds.items():

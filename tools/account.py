@@ -193,7 +193,7 @@ def sae_state_bytes(config, bf16=True):
     if not levels:
         return 0
     d = config.n_embd
-    buffers = (4 + 4 + 8 + 8) * n_features(config)  # mean, var and two counts of activations
+    buffers = (4 + 4 + 8 + 4) * n_features(config)  # mean, var, counts of activations, pending ones
     sums = 4 * (d * d + d)
     table = (2 if bf16 else 4) * d * 2 ** levels[-1].n
     if table > TABLE_BYTES:
