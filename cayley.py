@@ -9,6 +9,23 @@ and the operators run its kernels on CUDA.
 
 Names: n = bits of a level (2^n features), k = its active features, delta = 2^m = features in a
 block that a parent opens, N = tokens; of all levels, K = active features and F = features.
+
+The laws, each with the test in test_cayley.py that checks it:
+1. A coordinate x of R^d, d = 2^t, has a label s(x): its t bits, then bits Tr(alpha^j x^e) over
+   GF(2^t). test_label_bits_are_traces
+2. The atom of feature v is phi_v[x] = (-1)^<v, s(x)> / sqrt(d).
+   test_atoms_are_the_parities_of_the_design
+3. The top level is the Walsh-Hadamard basis, and levels nest.
+   test_top_level_is_orthonormal_and_levels_nest
+4. <phi_u, phi_v> depends on u XOR v alone, the spectrum of a Cayley graph, so the coherence is
+   exact: 1/32 for 32,768 atoms of R^1024. test_coherence_is_the_table_of_the_design
+5. score_v = (<x, phi_v> - mean_v) / std_v + bias_v, with running statistics that all ranks share.
+   test_statistics_are_the_moments_of_raw
+6. Below the top only the features in active parents' blocks of delta compete. test_gating
+7. The k largest scores of each level are the code, and the output is the sum of code_v phi_v:
+   codes, output and gradients equal plain_encode in float64. test_layer_equals_dense_reference
+8. Changing a code by c changes the MLP's input by exactly c phi_v.
+   test_interventions_change_exactly_their_atoms
 """
 import contextlib
 import functools

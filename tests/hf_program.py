@@ -154,6 +154,17 @@ def check_outputs(folder, model, expected):
     assert torch.equal(traced(idx + 1)[0], model(idx + 1).logits)
 
 
+def check_card(folder):
+    """The card's own lines run, one block after the other, from the directory above."""
+    lines = (Path(folder) / "README.md").read_text().split("## Limitations")[0].splitlines()
+    code = "\n".join(line.removeprefix("    ") for line in lines if line.startswith("    "))
+    namespace = {}
+    exec(code, namespace)
+    assert namespace["ids"][0, 0] == namespace["tokenizer"].eos_token_id
+    assert namespace["logits"].isfinite().all()
+    return namespace["UpdateStatistics"]()
+
+
 def check_pipeline(folder, model, tokenizer):
     """Rows of different length, batched, give what each gives alone."""
     generate = pipeline("text-generation", model=model, tokenizer=tokenizer)
@@ -268,6 +279,11 @@ def check_model(folder, tokenizer, expected):
     narrow = load(folder, torch_dtype=torch.bfloat16)
     assert narrow.dtype == torch.bfloat16 and narrow.saes()[0].var.dtype == torch.float32
     assert narrow(expected["idx"]).logits.isfinite().all()
+    model.train()
+    model(expected["idx"])
+    before = [sae.mean.clone() for sae in model.saes()]
+    check_card(folder).on_optimizer_step(None, None, None, model=model)
+    assert not any(torch.equal(sae.mean, mean) for sae, mean in zip(model.saes(), before))
     check_training(folder, expected)
     check_missing(folder, expected)
     check_outputs(folder, load(folder), expected)

@@ -27,7 +27,10 @@ def run_export(trained, export_format, out_dir, *settings):
     """export.py in this process."""
     argv = ["export.py", f"--ckpt={trained}", f"--export_format={export_format}"]
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("ckpt", "export_format", "out_dir", "data_dir", "tokens"):
+        for name in (
+            "ckpt", "export_format", "out_dir", "data_dir", "tokens", "license", "language",
+            "corpus",
+        ):
             patch.setattr(export, name, getattr(export, name))  # restored afterwards
         patch.setattr(sys, "argv", [*argv, f"--out_dir={out_dir}", *settings])
         export.main()
@@ -98,11 +101,12 @@ def test_safetensors_hold_the_same_model(trained, exported):
 # -----------------------------------------------------------------------------
 # Hugging Face: in environments of their own, where this repository can't be imported
 #
-#     python -m venv /tmp/venv-hf5 && /tmp/venv-hf5/bin/pip install torch==2.13.0 "transformers>=5"
-#     python -m venv /tmp/venv-hf4 && /tmp/venv-hf4/bin/pip install torch==2.13.0 "transformers<5"
+#     python -m venv /tmp/venv-hf5
+#     /tmp/venv-hf5/bin/pip install torch==2.13.0 numpy transformers==5.24.0
 #
-# and for nnsight /tmp/venv-nnsight with torch==2.13.0, transformers and nnsight. The environment
-# variable INTEROP_VENVS names another directory than /tmp.
+# likewise /tmp/venv-hf4 with transformers==4.57.6, and for nnsight /tmp/venv-nnsight with
+# transformers and nnsight. The environment variable INTEROP_VENVS names another directory than
+# /tmp. Another release of transformers goes into hf_folder.TESTED once its environment passes.
 
 TEXTS = [
     "def main():\n    return 'x'\n\n\n\tpass  # done   ",
@@ -168,15 +172,29 @@ def write_texts(folder, encoding):
     (folder / "texts.json").write_text(json.dumps(rows))
 
 
+@pytest.fixture(scope="module")
+def wider(trained, tmp_path_factory):
+    """The trained run with 7 ids in its vocabulary that no text has."""
+    run = tmp_path_factory.mktemp("wider") / "run"
+    shutil.copytree(trained, run)
+    checkpoint = torch.load(run / "ckpt.pt", weights_only=True)
+    rows = torch.cat([checkpoint["model"]["wte.weight"], torch.randn(7, 32)])
+    checkpoint["model"] |= {"wte.weight": rows, "lm_head.weight": rows}
+    checkpoint["model_args"]["vocab_size"] += 7
+    torch.save(checkpoint, run / "ckpt.pt")
+    run_export(run, "hf", run.parent / "hf")
+    return run
+
+
 @pytest.mark.parametrize("name, program", [
     ("hf4", "hf_program.py"), ("hf5", "hf_program.py"), ("nnsight", "nnsight_program.py"),
 ])
-def test_elsewhere_it_is_the_same_model(trained, exported, tmp_path, name, program):
+def test_elsewhere_it_is_the_same_model(wider, tmp_path, name, program):
     python = interop_python(name)
-    folder = tmp_path / "folder"
-    shutil.copytree(exported / "hf", folder)
+    folder = tmp_path / "hf"  # as its card calls it
+    shutil.copytree(wider.parent / "hf", folder)
     write_texts(folder, get_tokenizer("bytes"))
-    expected = expectations(load_model(trained)[0])
+    expected = expectations(load_model(wider)[0])
     torch.save({**expected, "resaved": str(tmp_path / "resaved")}, tmp_path / "expected.pt")
     run_elsewhere(python, program, folder, tmp_path / "expected.pt", cwd=tmp_path)
 
@@ -240,6 +258,80 @@ def test_the_card_has_the_runs_numbers_and_says_what_is_missing(trained, exporte
     assert "| val loss, nats a token | not measured |" in card
     assert "layer 0: loss with its MLP reading zero, minus loss | 0.52 +- 0.013 |" in card
     assert "layer 1: loss with its MLP reading zero, minus loss | not measured |" in card
+
+
+    assert "explained by the best multiple of the code" in card
+    assert "| positions | learned, 32 of them |" in card
+
+
+def test_the_card_says_of_what_its_scores_are(trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    (run / "evals.json").write_text(json.dumps({
+        "val": {"loss": 3.21, "standard_error": 0.04, "windows": 256},
+        "text": {"perplexity": 31.5, "word_perplexity": 78.9, "texts": 12, "tokens": 34567},
+        "lambada": {"accuracy": 0.31, "standard_error": 0.02, "items": 50, "perplexity": 12.5},
+        "codes": {"windows": 64, "layers": [{"zero_minus_loss": 0.52}]},
+    }))
+    run_export(run, "hf", tmp_path / "folder")
+    card = (tmp_path / "folder" / "README.md").read_text()
+    assert card.count("val loss, nats") == 1 and "| val loss, nats a token | 3.21 +- 0.04 |" in card
+    assert "| that is the mean of | 256 windows of 32 tokens of the val split" in card
+    assert "| text, perplexity a token | 31.5 | 12 texts, 34,567 tokens |" in card
+    assert "| LAMBADA, perplexity | 12.5 | 50 items |" in card
+    assert "minus loss | 0.52 | 64 windows |" in card
+
+
+def test_the_card_names_corpus_language_and_licence(trained, data_dir, tmp_path):
+    run_export(trained, "hf", tmp_path / "folder")
+    card = (tmp_path / "folder" / "README.md").read_text()
+    assert "| corpus | the text that every Python ships |" in card
+    assert "license: mit" in card and "datasets:" not in card
+    fineweb = tmp_path / "fineweb"
+    shutil.copytree(data_dir, fineweb)
+    meta = json.loads((fineweb / "meta.json").read_text())
+    (fineweb / "meta.json").write_text(json.dumps({**meta, "source": "fineweb-edu"}))
+    run_export(trained, "hf", tmp_path / "web", f"--data_dir={fineweb}", "--license=apache-2.0")
+    card = (tmp_path / "web" / "README.md").read_text()
+    assert "datasets: [HuggingFaceFW/fineweb-edu]" in card and "language: [en]" in card
+    assert "license: apache-2.0" in card and "arXiv 2607.20652" in card
+    settings = ("--corpus=Moby-Dick", "--language=en, de")
+    run_export(trained, "hf", tmp_path / "book", *settings)
+    card = (tmp_path / "book" / "README.md").read_text()
+    assert "| corpus | Moby-Dick |" in card and "language: [en, de]" in card
+
+
+def test_no_file_names_a_directory_of_this_machine(trained, exported, tmp_path):
+    run = json.loads((trained / "config.json").read_text())
+    run["config"]["working_directory"] = str(tmp_path)
+    run["config"]["data_dir"] = f"data/a,{tmp_path}/b"
+    run["command"] = [f"{ROOT}/train.py", f"--out_dir={trained}", "--max_iters=20"]
+    copy = tmp_path / "run"
+    shutil.copytree(trained, copy)
+    (copy / "config.json").write_text(json.dumps(run))
+    run_export(copy, "hf", tmp_path / "folder")
+    for path in [*exported.rglob("*"), *(tmp_path / "folder").iterdir()]:
+        if path.suffix in (".json", ".md"):
+            text = path.read_text()
+            for directory in (str(ROOT), str(tmp_path), str(trained), str(trained.parent)):
+                assert directory not in text, path
+            assert "working_directory" not in text, path
+    training = json.loads((tmp_path / "folder" / "training.json").read_text())
+    assert training["command"] == ["train.py", "--out_dir=run", "--max_iters=20"]
+    assert training["config"]["data_dir"] == "data/a,b"
+
+
+def test_without_a_free_id_padding_is_end_of_text_and_the_card_says_so(tmp_path):
+    config = GPTConfig(block_size=32, vocab_size=257, n_layer=1, n_head=2, n_embd=32,
+                       cayley_levels="5,4,0")
+    settings = {"tokenizer": "bytes", "block_size": 32, "data_dir": "data", "batch_size": 1,
+                "gradient_accumulation_steps": 1, "max_iters": 1}
+    checkpoint = {"model": GPT(config).state_dict(), "model_args": vars(config), "config": settings}
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    run_export(tmp_path, "hf", tmp_path / "folder")
+    names = json.loads((tmp_path / "folder" / "tokenizer_config.json").read_text())
+    assert names["pad_token"] == names["eos_token"] == "<|endoftext|>"
+    assert "Padding is end of text" in (tmp_path / "folder" / "README.md").read_text()
 
 
 # -----------------------------------------------------------------------------

@@ -42,21 +42,38 @@ import torch.nn as nn
 
 from cayley import CayleySAE, Codes
 from checkpoint import build_model, load_checkpoint
-from data import atomic, get_tokenizer, new_directory, run_windows, write_json, write_text
+from data import (
+    atomic,
+    get_tokenizer,
+    new_directory,
+    run_data_dir,
+    run_windows,
+    write_json,
+    write_text,
+)
 from tools import features
 from tools.evals import mean_and_error, window_losses
-from tools.hf_folder import MODELING, hf_configs, inlined_source
-from tools.model_card import model_card, read_run
+from tools.hf_folder import MODELING, PADDING, TESTED, hf_configs, inlined_source, padding_id
+from tools.model_card import model_card, read_corpus, read_run, without_paths
 
 # settings, see configurator.py
 ckpt = "out/ckpt.pt"  # or a directory with a ckpt.pt
 export_format = "safetensors"  # or "hf", "saelens", "neuronpedia"
 out_dir = "exported"  # a new directory
-data_dir = ""  # for saelens and neuronpedia; "": that of the run
+data_dir = ""  # "": that of the run
 tokens = 1_000_000  # for neuronpedia, of the train split, at most
+# for hf's card
+license = "mit"  # of the weights, as the hub names it
+language = ""  # codes as the hub names them, "en, de"; "": en of FineWeb-Edu, else not recorded
+corpus = ""  # what the model read; "": by the data's meta.json
 
 BATCH = 128  # features in a request: Neuronpedia takes no more
 N_WINDOWS = 16  # of the val split, for what SAELens can't express
+
+
+def run_directory():
+    """The directory of the checkpoint, absolute."""
+    return os.path.abspath(ckpt if os.path.isdir(ckpt) else os.path.dirname(ckpt))
 
 
 def write_safetensors(path, tensors):
@@ -84,7 +101,7 @@ def export_safetensors(model, checkpoint, directory):
     """model.safetensors, without the tied lm_head.weight, and config.json."""
     write_safetensors(os.path.join(directory, "model.safetensors"), untied(model))
     write_json(os.path.join(directory, "config.json"), {
-        "model_args": vars(model.config), "config": checkpoint["config"],
+        "model_args": vars(model.config), "config": without_paths(checkpoint["config"]),
     })
 
 
@@ -103,11 +120,22 @@ def export_hf(model, checkpoint, directory):
     write_text(path(f"{MODELING}.py"), inlined_source(["cayley", "model", "tools.hf_model"]))
     for name, value in hf_configs(model, encoding).items():
         write_json(path(name), value)
-    run, rows, scores = read_run(ckpt if os.path.isdir(ckpt) else os.path.dirname(ckpt))
+    run, rows, scores = read_run(run_directory())
+    text, datasets = corpus, []
+    if not corpus:
+        text, datasets = read_corpus(data_dir or run_data_dir(config))
+    facts = {
+        "corpus": text,
+        "datasets": datasets,
+        "license": license,
+        "language": language or ("en" if datasets else ""),
+        "padding": PADDING if padding_id(model, encoding) is not None else None,
+        "tested": TESTED,
+    }
     name = os.path.basename(os.path.abspath(out_dir))
-    card = model_card(name, model, checkpoint, run, rows, scores)
+    card = model_card(name, model, checkpoint, run, rows, scores, facts)
     write_text(path("README.md"), card)
-    write_json(path("training.json"), {"config": config, **run})
+    write_json(path("training.json"), without_paths({"config": config, **run}))
 
 
 # -----------------------------------------------------------------------------
@@ -231,7 +259,7 @@ def saelens_config(sae, layer, level, measured):
         "sae_lens_version": "6.0.0",
         "hook_name": f"blocks.{layer}.ln_2",
         "model_class_name": "GPT of model.py",
-        "checkpoint": os.path.abspath(ckpt),
+        "checkpoint": os.path.basename(run_directory()),
         "gate": "not expressed: the k largest of all features are taken" if gated else "none",
     }
     if measured:
@@ -340,13 +368,8 @@ EXPORTERS = {
 }
 
 
-def check_settings():
-    """Raise ValueError for a format that doesn't exist, or whose package isn't installed."""
-    if export_format not in EXPORTERS:
-        formats = ", ".join(EXPORTERS)
-        raise ValueError(f"export_format={export_format!r}: must be one of {formats}")
-    if tokens < 1:
-        raise ValueError(f"tokens={tokens}: must be at least 1")
+def check_package():
+    """Raise ValueError for a format whose package isn't installed."""
     if export_format == "neuronpedia":
         return
     try:
@@ -357,8 +380,8 @@ def check_settings():
 
 
 def main():
-    configure(globals())
-    check_settings()
+    configure(globals(), choices={"export_format": tuple(EXPORTERS)}, at_least={"tokens": 1})
+    check_package()
     with new_directory(out_dir) as directory:
         checkpoint = load_checkpoint(ckpt)
         model = build_model(checkpoint, ckpt).eval()

@@ -167,6 +167,7 @@ def hf_configs(model, encoding):
         "generation_config.json": {
             **special,
             "suppress_tokens": padding_ids or None,  # of the vocabulary: never sampled
+            "disable_compile": True,  # with a static cache each length would be compiled anew
         },
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
