@@ -81,7 +81,7 @@ def prepared(dictionary, contexts, how="patch"):
     """clean, held, and the shape of the nodes."""
     _, clean = attribution.reads(dictionary, contexts.clean, contexts.last)
     means = attribution.mean_reads(dictionary, [contexts])
-    held = attribution.held_reads(dictionary, contexts, clean, means, how)
+    held = attribution.held_reads(dictionary, contexts, clean, how, means)
     n_features = clean[0].values.shape[-1]
     return clean, held, (len(contexts.clean), len(clean), T, n_features + 1)
 

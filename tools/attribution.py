@@ -187,8 +187,12 @@ def mean_reads(dictionary, batches):
     return [Read(*(means[layer, name] for name in Read._fields)) for layer in layers]
 
 
-def held_reads(dictionary, contexts, clean, means, how):
-    """What nodes outside of a circuit are held at, how being one of ABLATIONS: a list of Reads."""
+def held_reads(dictionary, contexts, clean, how, means=None):
+    """
+    What nodes outside of a circuit are held at, a list of Reads.
+
+    how: "patch", "zero" or "mean", which are means, of mean_reads.
+    """
     if how == "mean":
         return means
     if how == "patch":

@@ -6,10 +6,10 @@ page of its own.
 Direct effects are linear: the prompt's norms and attention patterns are frozen. A node writes w,
 the change of its MLP's output between the node's ablated and its clean value; an embedding writes
 its difference to the patched prompt's, or itself without one. Another node reads q . w of it, q
-being the gradient of its code by the residual stream; of the answer's node that of the metric. An
-edge sums the paths from one to the other that pass no third MLP and at most one attention layer:
-the residual stream ("residual") and heads ("layer.head"). Its weight is in units of the target's
-code, or of the metric.
+being the gradient of its code, as if it were active, by the residual stream, and the answer's node
+with that of the metric. An edge sums the paths from one to the other that pass no third MLP and at
+most one attention layer: the residual stream ("residual") and heads ("layer.head"). Its weight is
+in units of the target's code, or of the metric.
 """
 import json
 import math

@@ -129,7 +129,7 @@ def score_rates(dictionary, contexts, means):
     scores, sizes = 0, 0
     for batch in contexts.batches(batch_size):
         _, clean = reads(dictionary, batch.clean, batch.last)
-        held = held_reads(dictionary, batch, clean, means, ablation)
+        held = held_reads(dictionary, batch, clean, ablation, means)
         gradients, = integrated_gradients(dictionary, batch, clean, held, [batch])
         parts = differences(batch, clean, held)
         kinds = position_kinds(batch)
@@ -170,7 +170,7 @@ def rankings(dictionary, contexts, parts, gradients, rates, permutations, genera
 def measure_batch(dictionary, contexts, means, rates, tokens, permutations, generator):
     """m of every circuit of some contexts: {name: (B,) or (B, circuits)}."""
     at_all, clean = reads(dictionary, contexts.clean, contexts.last)
-    held = held_reads(dictionary, contexts, clean, means, ablation)
+    held = held_reads(dictionary, contexts, clean, ablation, means)
     parts = differences(contexts, clean, held)
     differs = node_sizes(dictionary, *parts) > 0
     n_nodes = differs.flatten(1).sum(1)
@@ -611,7 +611,7 @@ def run_prompt(target):
     encoding = get_tokenizer(config["tokenizer"])
     contexts = prompt_contexts(encoding, config["block_size"]).to(target)
     at_all, clean = reads(dictionary, contexts.clean, contexts.last)
-    held = held_reads(dictionary, contexts, clean, None, ablation if patch else "zero")
+    held = held_reads(dictionary, contexts, clean, ablation if patch else "zero")
     gradients, = integrated_gradients(dictionary, contexts, clean, held, [contexts])
     scores = node_scores(dictionary, *differences(contexts, clean, held), gradients)
     ranked = ranks(scores)
