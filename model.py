@@ -7,6 +7,7 @@ absolute positions, tied embeddings. Without cayley_levels it is the dense twin.
 Shapes: B sequences of T tokens, C = n_embd, V = vocab_size, H heads of D = C / H.
 """
 import contextlib
+import functools
 import math
 import platform
 from dataclasses import dataclass, fields
@@ -93,7 +94,8 @@ class KVCache:
     def __init__(self, config, batch_size, device, dtype):
         D = config.n_embd // config.n_head
         shape = (config.n_layer, 2, batch_size, config.n_head, config.block_size, D)
-        self.kv = torch.empty(shape, device=device, dtype=dtype)
+        # zeros: a DecodingStep multiplies what isn't read yet by 0
+        self.kv = torch.zeros(shape, device=device, dtype=dtype)
         self.length = 0
 
     def append(self, layer, k, v):
@@ -109,6 +111,93 @@ class KVCache:
         self.length = 0
 
 
+STATIC_DEVICES = ("cuda",)  # where stream() reads single tokens by DecodingStep
+
+
+@functools.cache
+def capture_stream(device):
+    """One for all graphs: cuBLAS keeps a workspace for every stream that it has seen."""
+    return torch.cuda.Stream(device)
+
+
+class DecodingStep:
+    """
+    A GPT's reading of one token after those in a KVCache: on CUDA a graph, launched as a whole.
+
+    So that a graph can replay it, it runs the same kernels on the same memory for every token:
+    token and position lie on the device, and attention reads the whole cache behind a mask. A graph
+    is captured at the first call, and anew after a layer's edits have changed.
+    """
+
+    def __init__(self, model, cache):
+        self.model = model
+        self.cache = cache
+        self.modules = list(model.modules())
+        self.saes = model.saes()
+        device = cache.kv.device
+        self.token = torch.zeros(cache.kv.shape[2], 1, dtype=torch.int64, device=device)
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)
+        self.places = torch.arange(cache.kv.shape[4], device=device)
+        self.graph = None
+        self.edits = None  # of every layer, in the graph
+        self.logits = None  # (B, 1, V), which the graph writes
+
+    def append(self, layer, k, v):
+        """Add k, v (B, H, 1, D) at the position -> all of the cache, (B, H, block_size, D)."""
+        keys, values = self.cache.kv[layer]
+        keys.index_copy_(2, self.position, k.to(keys.dtype))
+        values.index_copy_(2, self.position, v.to(values.dtype))
+        return keys.to(k.dtype), values.to(v.dtype)
+
+    def run(self):
+        """Logits (B, 1, V)."""
+        mask = torch.where(self.places <= self.position, 0.0, -math.inf)  # (block_size,)
+        mask = mask.to(self.cache.kv.dtype)
+        return self.model.head(self.model.read(self.token, self.position, self, mask))
+
+    def capture(self):
+        """Record run() as self.graph, as PyTorch asks for: after a run on a side stream."""
+        stream = capture_stream(self.token.device)
+        main = torch.cuda.current_stream(self.token.device)
+        stream.wait_stream(main)
+        with torch.cuda.stream(stream):
+            self.run()
+        main.wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=stream):
+            self.logits = self.run()
+
+    def stands_for_forward(self):
+        """False where Python must run: for hooks, recording(), and casts that autocast may keep."""
+        hooks = any(m._forward_hooks or m._forward_pre_hooks for m in self.modules)
+        records = any(sae.record is not None for sae in self.saes)
+        return not (hooks or records or torch.is_autocast_enabled("cuda"))
+
+    def __call__(self, token):
+        """token (B, 1) -> logits (B, 1, V) after it; the next call may write over them."""
+        self.token.copy_(token)
+        self.position.fill_(self.cache.length)
+        self.cache.length += 1
+        if not token.is_cuda:
+            return self.run()
+        edits = [list(sae.edits) for sae in self.saes]
+        if edits != self.edits:
+            self.capture()
+            self.edits = edits
+        self.graph.replay()
+        return self.logits
+
+
+def attend_one(q, k, v, mask):
+    """
+    scaled_dot_product_attention of one query: q (B, H, 1, D), k, v (B, H, S, D), mask (S,), added.
+
+    On CUDA its kernels read the keys of a head one after the other; these read them all at once.
+    """
+    scores = torch.add(mask, q @ k.mT, alpha=q.shape[-1] ** -0.5)  # (B, H, 1, S)
+    return scores.softmax(-1) @ v
+
+
 class CausalSelfAttention(nn.Module):
 
     def __init__(self, config):
@@ -117,7 +206,13 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x, cache=None, layer=None):
+    def forward(self, x, cache=None, layer=None, mask=None):
+        """
+        x (B, T, C) -> (B, T, C).
+
+        mask: None, causal; (T, keys), True for keys to attend to; or a DecodingStep's, of one token
+        (keys,), which is added to the scores.
+        """
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)
         q = q.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
@@ -125,11 +220,11 @@ class CausalSelfAttention(nn.Module):
         v = v.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        n_keys = k.shape[2]
-        mask = None
-        if 1 < T < n_keys:  # new tokens after cached ones: is_causal would align the wrong corner
-            mask = torch.ones(T, n_keys, dtype=torch.bool, device=x.device).tril(n_keys - T)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=bool(T == n_keys))
+        if mask is not None and mask.dim() == 1:
+            y = attend_one(q, k, v, mask)
+        else:
+            is_causal = bool(T > 1) and mask is None
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -162,9 +257,21 @@ class Block(nn.Module):
             )
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None, layer=None):
-        x = x + self.attn(self.ln_1(x), cache, layer)
+    def forward(self, x, cache=None, layer=None, mask=None):
+        x = x + self.attn(self.ln_1(x), cache, layer, mask)
         return x + self.mlp(self.sae(self.ln_2(x)))
+
+
+def sample_token(logits, temperature, top_k, generator):
+    """Tokens (B, 1) drawn by logits (B, V): of the top_k largest, at temperature 0 the largest."""
+    logits = logits.float()
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    probabilities = (logits / temperature).softmax(-1)
+    return torch.multinomial(probabilities, 1, generator=generator)
 
 
 class GPT(nn.Module):
@@ -204,14 +311,25 @@ class GPT(nn.Module):
         c = self.config
         return 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size
 
+    def read(self, idx, positions, cache=None, mask=None):
+        """Tokens (B, T) at positions (T,) -> the residual stream behind the blocks, (B, T, C)."""
+        x = self.wte(idx) + self.wpe(positions)  # (B, T, C)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, cache, layer, mask)
+        return x
+
+    def head(self, x):
+        """The residual stream (B, T, C) -> logits (B, T, V)."""
+        return self.lm_head(self.ln_f(x))
+
     def forward(self, idx, targets=None, cache=None, n_logits=1):
         """
         idx (B, T) token ids; targets (B, T), -1 where there is none; cache: a KVCache holding the
         tokens before idx.
 
-        Returns logits and loss: with targets the logits (B, T, V) and the mean cross-entropy in
-        nats per token; without them the logits of the last n_logits positions (0: of all) and None.
-        Raises ValueError beyond block_size.
+        Returns logits and loss: with targets the logits (B, T, V), without a gradient, and the mean
+        cross-entropy in nats per token; without them the logits of the last n_logits positions (0:
+        of all) and None. Raises ValueError beyond block_size.
         """
         start = cache.length if cache is not None else 0
         T = idx.shape[1]
@@ -219,16 +337,19 @@ class GPT(nn.Module):
             block_size = self.config.block_size
             raise ValueError(f"{start + T} tokens do not fit in block_size={block_size}")
         positions = torch.arange(start, start + T, device=idx.device)
-        x = self.wte(idx) + self.wpe(positions)  # (B, T, C)
-        for layer, block in enumerate(self.blocks):
-            x = block(x, cache, layer)
+        mask = None  # causal
+        if start > 0 and T > 1:  # after cached tokens is_causal would align the wrong corner
+            mask = torch.ones(T, start + T, dtype=torch.bool, device=idx.device).tril(start)
+        x = self.read(idx, positions, cache, mask)
         if cache is not None:
             cache.length += T
         if targets is None:
-            return self.lm_head(self.ln_f(x[:, -n_logits:])), None
-        logits = self.lm_head(self.ln_f(x))  # (B, T, V)
+            return self.head(x[:, -n_logits:]), None
+        logits = self.head(x)  # (B, T, V)
         flat = logits.flatten(0, 1).float()  # CUDA's autocast would take the softmax in bf16
-        return logits, F.cross_entropy(flat, targets.flatten(), ignore_index=-1)
+        loss = F.cross_entropy(flat, targets.flatten(), ignore_index=-1)
+        # with a gradient, torch.compile's backward would add zeros of their size to the loss's
+        return logits.detach(), loss
 
     def first_nonfinite(self, idx, targets):
         """
@@ -303,12 +424,16 @@ class GPT(nn.Module):
         temperature 0 takes the most likely token. n_tokens: ids from here on are padding of the
         vocabulary and are never sampled. A context that outgrows block_size moves on by half a
         block, so that learned positions stay valid and a cache (use_cache) is refilled once per
-        half block; the text does not depend on the cache.
+        half block. The text does not depend on the cache, nor on the graphs that CUDA replays with
+        it (DecodingStep); edits may change, and recording() begin, from one token to the next.
         """
         block_size = self.config.block_size
         cache = None
+        step = None
         if use_cache:
             cache = KVCache(self.config, len(idx), idx.device, self.wte.weight.dtype)
+        if use_cache and idx.device.type in STATIC_DEVICES:
+            step = DecodingStep(self, cache)
         start = 0  # of the window that the model reads
         was_training = self.training
         self.eval()
@@ -319,16 +444,11 @@ class GPT(nn.Module):
                     if cache is not None:
                         cache.reset()
                 read = cache.length if cache is not None else 0
-                logits, _ = self(idx[:, start + read:], cache=cache)
-                logits = logits[:, -1, :n_tokens].float()  # (B, V)
-                if top_k is not None:
-                    kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-                    logits = logits.masked_fill(logits < kth, -math.inf)
-                if temperature == 0:
-                    token = logits.argmax(-1, keepdim=True)
+                if step is not None and read > 0 and step.stands_for_forward():
+                    logits = step(idx[:, -1:])
                 else:
-                    probabilities = (logits / temperature).softmax(-1)
-                    token = torch.multinomial(probabilities, 1, generator=generator)
+                    logits, _ = self(idx[:, start + read:], cache=cache)
+                token = sample_token(logits[:, -1, :n_tokens], temperature, top_k, generator)
                 idx = torch.cat([idx, token], 1)
                 yield token
         finally:

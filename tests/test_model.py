@@ -4,8 +4,9 @@ import math
 import pytest
 import torch
 
+import model as model_module
 from checkpoint import load_checkpoint
-from model import GPT, GPTConfig
+from model import GPT, DecodingStep, GPTConfig, KVCache
 from muon import CLASSIC, POLAR_EXPRESS, Muon, MuonAdamW, orthogonalize
 from tools.account import train_settings
 
@@ -51,6 +52,15 @@ def test_loss_starts_at_ln_vocab_and_falls():
     assert losses[-1].item() < 2
 
 
+def test_logits_beside_a_loss_cost_its_compiled_backward_nothing():
+    """An output with a gradient would have torch.compile add zeros of its size to the loss's."""
+    model = small_gpt()
+    idx = torch.randint(65, (2, 32))
+    logits, loss = model(idx, idx)
+    assert not logits.requires_grad and loss.requires_grad
+    torch.testing.assert_close(logits, model(idx, n_logits=0)[0])
+
+
 def test_whole_model_compiles_without_graph_breaks():
     model = small_gpt()
     idx = torch.randint(65, (2, 32))
@@ -80,12 +90,80 @@ def test_same_text_with_and_without_the_cache(levels, temperature, top_k):
 
 def test_cache_read_in_pieces_gives_the_logits_of_one_pass():
     model = small_gpt().eval()
-    from model import KVCache
     idx = torch.randint(65, (2, 30))
     cache = KVCache(model.config, 2, idx.device, torch.float32)
     for piece in idx.split([10, 1, 12, 7], 1):
         logits, _ = model(piece, cache=cache)
     torch.testing.assert_close(logits, model(idx)[0])
+
+
+# What a CUDA graph replays runs here as it is, without the graph; test_cuda.py has both.
+
+@pytest.mark.parametrize("levels", ["6,4,0;9,5,16", ""])
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 0.7, "top_k": 5}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_same_text_by_decoding_steps(monkeypatch, levels, sampling, dtype):
+    model = small_gpt(levels).to(dtype)
+    prompt = torch.randint(65, (3, 7))
+    expected = model.generate(
+        prompt, 100, use_cache=False, generator=torch.Generator().manual_seed(1), **sampling
+    )
+    steps = []
+
+    class CountedStep(DecodingStep):
+        def __call__(self, token):
+            steps.append(token)
+            return super().__call__(token)
+    monkeypatch.setattr(model_module, "STATIC_DEVICES", ("cpu",))
+    monkeypatch.setattr(model_module, "DecodingStep", CountedStep)
+    text = model.generate(prompt, 100, generator=torch.Generator().manual_seed(1), **sampling)
+    assert torch.equal(text, expected)
+    assert len(steps) == 100 - 1 - 5  # all but the first token and 5 refills of the cache
+
+
+def test_decoding_steps_give_the_logits_of_one_pass_in_any_dtype():
+    model = small_gpt().eval()
+    idx = torch.randint(65, (2, 20))
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.1)):
+        model.to(dtype)
+        expected, _ = model(idx, n_logits=0)
+        cache = KVCache(model.config, 2, idx.device, dtype)
+        model(idx[:, :5], cache=cache)
+        step = DecodingStep(model, cache)
+        with torch.no_grad():
+            logits = torch.cat([step(token) for token in idx[:, 5:].split(1, 1)], 1)
+        assert logits.dtype == dtype
+        assert (logits - expected[:, 5:]).norm() < tolerance * expected.norm()
+
+
+def test_edits_records_and_hooks_may_begin_between_tokens(monkeypatch):
+    """With a cache, without one, and by decoding steps."""
+    model = small_gpt()
+    prompt = torch.randint(65, (1, 4))
+    texts = []
+    for use_cache, devices in ((False, ()), (True, ()), (True, ("cpu",))):
+        monkeypatch.setattr(model_module, "STATIC_DEVICES", devices)
+        tokens = []
+        stream = model.stream(prompt, 24, temperature=0, use_cache=use_cache)
+        for _ in range(6):
+            tokens.append(next(stream))
+        model.blocks[0].sae.edits.append((1, 3, 1, 40.0))
+        for _ in range(6):
+            tokens.append(next(stream))
+        model.blocks[0].sae.edits.clear()
+        with model.recording() as records:
+            for _ in range(6):
+                tokens.append(next(stream))
+        seen = []
+        hook = model.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        for _ in range(6):
+            tokens.append(next(stream))
+        hook.remove()
+        assert len(records[0]) == len(seen) == 6
+        texts.append(torch.cat(tokens, 1))
+    assert torch.equal(texts[0], texts[1]) and torch.equal(texts[0], texts[2])
+    plain = model.generate(prompt, 24, temperature=0)[:, 4:]
+    assert torch.equal(plain[:, :6], texts[0][:, :6]) and not torch.equal(plain, texts[0])
 
 
 def test_greedy_takes_the_most_likely_token_and_padding_is_never_sampled():
