@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import sys
+import time
 
 import numpy as np
 import tiktoken
@@ -124,19 +125,23 @@ def lock(directory):
 # -----------------------------------------------------------------------------
 # progress
 
-LOG_SECONDS = 30  # from one line to the next
+LOG_SECONDS = 10  # from one line to the next, whichever loop it is of
 
 
 class LogLines(tqdm):
     """tqdm for a log file: a plain line now and then, none for what is done sooner."""
 
+    last_line = time.monotonic()
+
     def __init__(self, iterable=None, **options):
-        options |= dict(delay=LOG_SECONDS, mininterval=LOG_SECONDS, miniters=1, leave=False)
+        options |= dict(mininterval=0, miniters=1, leave=False)
         options["bar_format"] = "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
         super().__init__(iterable, **options)
 
     def display(self, msg=None, pos=None):
-        if msg is None:  # else it is the empty one with which tqdm clears its bar
+        # a message is the empty one with which tqdm clears its bar
+        if msg is None and time.monotonic() - LogLines.last_line >= LOG_SECONDS:
+            LogLines.last_line = time.monotonic()
             print(str(self).strip(), file=sys.stderr, flush=True)
 
 
