@@ -20,6 +20,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tools.report import progress
+
 UNKNOWN = -1
 
 # -----------------------------------------------------------------------------
@@ -395,7 +397,8 @@ def label_stream(ids, encoding):
     names = list(PYTHON if is_python else ENGLISH)
     values = np.zeros((len(ids), len(names)), dtype=np.int8)
     ends = np.flatnonzero(ids == encoding.eot_token)
-    for start, end in zip([0, *(ends + 1)], [*ends, len(ids)]):
+    documents = list(zip([0, *(ends + 1)], [*ends, len(ids)]))
+    for start, end in progress(documents, "labelling documents"):
         document = ids[start:end]
         if is_python:
             values[start:end] = python_labels(document.astype(np.uint8).tobytes())

@@ -7,9 +7,9 @@ Are a Cayley GPT's features better to read than those of an SAE fitted to its de
 
 --ckpt and --dense take as many checkpoints as there are training seeds, with commas between them
 and in the same order; --seeds is the number of post-hoc SAEs fitted to each. Prints the tables and
-writes scorecard.json, .csv and .svg to out_dir. Stopped and started again it goes on: finished SAEs
-and rows are in out_dir/parts, by the checkpoints, data and settings that they depend on; after a
-change of this file take another out_dir.
+who wins what, and writes scorecard.json, .csv and .svg to out_dir. Stopped and started again it
+goes on: finished SAEs and rows are in out_dir/parts, by the checkpoints, data and settings that
+they depend on; after a change of this file take another out_dir.
 
 Data: fitting (SAEs, features, thresholds, probes, gradients) sees the train split alone, and every
 score is of the val split's documents. Intervals are 95%, from 1,000 resamples of those documents;
@@ -63,12 +63,14 @@ import contextlib
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
 import re
 import sys
 import textwrap
+import time
 import zipfile
 from configurator import configure
 from dataclasses import dataclass
@@ -98,7 +100,7 @@ from tools.probing import (
     token_rates,
     word_letters,
 )
-from tools.report import batches, interval_chart, markdown, progress, write_csv
+from tools.report import batches, duration, interval_chart, markdown, progress, write_csv
 from tools.topk_sae import TopKSAE, fit_saes
 
 # settings, see configurator.py
@@ -1025,10 +1027,14 @@ def interval(values):
     return np.percentile(values, [2.5, 97.5]).tolist() if len(values) else None
 
 
-def spread(runs):
-    """Standard deviation over training seeds of numbers, runs being a list per training seed."""
-    means = [np.mean(of_pair) for of_pair in runs]
-    return float(np.std(means, ddof=1)) if len(means) > 1 else None
+def spread(values):
+    """Standard deviation of numbers, one a training seed; None of a single one."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def seed_means(runs):
+    """Of every training seed the mean over seeds of SAEs: runs as in summary."""
+    return np.array([np.mean([value[0] for value in of_pair]) for of_pair in runs])
 
 
 def summary(runs, reference):
@@ -1041,16 +1047,14 @@ def summary(runs, reference):
     if np.isnan(mean[0]):
         return None
     result = {"mean": float(mean[0]), "interval": interval(mean[1:]),
-              "over_seeds": spread([[value[0] for value in of_pair] for of_pair in runs])}
+              "over_seeds": spread(seed_means(runs))}
     if reference is not None:
         other = np.mean([value for of_pair in reference for value in of_pair], axis=0)
         if np.isnan(other[0]):
             return result
-        gaps = [np.mean([v[0] for v in a]) - np.mean([v[0] for v in b])
-                for a, b in zip(runs, reference)]
         result["difference"] = float(mean[0] - other[0])
         result["difference_interval"] = interval(mean[1:] - other[1:])
-        result["difference_over_seeds"] = spread([[gap] for gap in gaps])
+        result["difference_over_seeds"] = spread(seed_means(runs) - seed_means(reference))
     return result
 
 
@@ -1098,7 +1102,7 @@ def make_rows(per_pair, data):
     rows = []
     reference = {}
     names = sorted(per_pair[0], key=lambda key: (key[0], key[1] != REFERENCE))
-    for layer, name in names:
+    for layer, name in progress(names, "intervals"):
         runs = [[row_numbers(result, weights, window_documents) for result in rows[layer, name]]
                 for rows in per_pair]
         if name == REFERENCE:
@@ -1140,10 +1144,10 @@ def make_losses(per_pair):
         rows.append({
             "name": name,
             "loss": float(values[..., 0].mean()),
-            "over_seeds": spread([[v] for v in values[..., 0].mean(1)]),
+            "over_seeds": spread(values[..., 0].mean(1)),
             "minus_dense": mean,
             "minus_dense_error": error,
-            "minus_dense_over_seeds": spread([[v] for v in difference.mean(1)]),
+            "minus_dense_over_seeds": spread(difference.mean(1)),
             "kl": float(values[..., 1].mean()),
         })
     return rows
@@ -1417,6 +1421,45 @@ def header(pairs, data, at_layers):
     return lines
 
 
+def unit_seconds(pair, windows):
+    """Seconds of a token's forward, a mean over a Pair's models, and of a post-hoc SAE's step."""
+    config = pair.cayley.config
+    device = on_device(pair.cayley)
+    shape = code_shape(pair.cayley.saes()[0])
+    x = torch.randn(SAE_BATCH, config.n_embd, device=device)
+    few = windows[:max(1, 4096 // config.block_size), :-1]
+    for rows, steps in ((few[:1, :8], 1), (few, 3)):  # what a first time builds isn't counted
+        start = time.perf_counter()
+        for model in pair[:2]:
+            mlp_inputs(model, rows, [0])
+        read = time.perf_counter()
+        sae = TopKSAE(config.n_embd, *shape).to(device)
+        fit_saes([sae], itertools.repeat([x]), steps, sae_lr)
+        fitted = time.perf_counter()
+    return (read - start) / (2 * few.size), (fitted - read) / steps
+
+
+def announce(pairs, data, at_layers):
+    """Tell what is computed and about how long it takes, by unit_seconds."""
+    n_layer = pairs[0].cayley.config.n_layer
+    n_labels = len(data.names)
+    n_saes = seeds * (2 * len(at_layers) + (n_layer if splice_all else len(at_layers)))
+    n_rows = 8 + 3 * seeds
+    n_losses = 4 + 2 * len(at_layers)
+    n_labelled = (data.fit.labels.size + data.score.labels.size) // n_labels  # tokens
+    tokens = 2 * seeds * sae_tokens + 2 * n_losses * data.val_windows.size
+    for layer in at_layers:
+        # three models are read; codes and probes of a row take half a forward, at demo size
+        tokens += (3 + n_rows / 2) * n_labelled
+        # five tries of a strength for a label, and its ablation, each from this layer on
+        tokens += 5 * n_rows * n_labels * causal_tokens * (1 - layer / n_layer)
+    forward, step = unit_seconds(pairs[0], data.val_windows)
+    seconds = tokens * forward + n_saes * sae_tokens / SAE_BATCH * step
+    print(f"{len(pairs)} pairs, for each {n_saes} SAEs and {len(at_layers) * n_rows} rows: about "
+          f"{duration(len(pairs) * seconds)}, less what {out_dir}/parts has already",
+          file=sys.stderr, flush=True)
+
+
 def load_pairs(target):
     """Every Pair, and a run's configuration. Raises ValueError where they don't go together."""
     pairs, configs = [], []
@@ -1445,6 +1488,7 @@ def main():
     pairs, run_config = load_pairs(target)
     at_layers = chosen_layers(len(pairs[0].cayley.blocks))
     data = load_data(run_config)
+    announce(pairs, data, at_layers)
     with lock(out_dir):
         read = [read_pair(pair, data, at_layers) for pair in progress(pairs, "pairs")]
         card = {
