@@ -267,7 +267,7 @@ class LevelReader:
     def active(self):
         """Per feature the tokens at which it is active, ascending, and its codes there."""
         order = np.argsort(self.ids, axis=None, kind="stable")
-        codes = self.values.ravel()[order]
+        codes = self.values.ravel().take(order)
         tokens = np.floor_divide(order, self.ids.shape[2], out=order)
         ends = np.cumsum(self.counts)[:-1]
         return np.split(tokens, ends), np.split(codes, ends)
@@ -310,7 +310,7 @@ def neighbours(reader, other, active, n_tokens):
     shares = other.counts / n_tokens
     deviations = np.sqrt(shares * (1 - shares)).clip(1e-12)
     for feature, tokens in enumerate(active):
-        both = np.bincount(ids[tokens].ravel(), minlength=other.size)
+        both = np.bincount(ids.take(tokens, 0).ravel(), minlength=other.size)
         share = len(tokens) / n_tokens
         deviation = max(math.sqrt(share * (1 - share)), 1e-12)
         correlation = (both / n_tokens - share * shares) / deviations / deviation

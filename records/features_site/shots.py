@@ -6,7 +6,6 @@ Screenshots of a site of features.py, and how long a search takes at the publish
 Needs chromium and chromedriver. The search is timed in a copy of the site whose tables are made up:
 12 layers of 1,024 + 32,768 features, GPT-2's vocabulary size, captions drawn at random.
 """
-import json
 import random
 import shutil
 import sys
@@ -15,19 +14,31 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
-from browser import Browser  # noqa: E402  the path comes first
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from browser import Browser  # noqa: E402  the paths come first
+
+from tools.features import save, saved  # noqa: E402
 
 SHOTS = {  # name: (address, color scheme, width, height)
-    "text": ("#/text/0+3/259/0.1.1384", "light", 1200, 820),
-    "text_phone_dark": ("#/text/0/259/0.1.1384", "dark", 390, 844),
+    "text": ("#/text/0+3/259/0.1.526", "light", 1200, 820),
+    "text_phone_dark": ("#/text/0/259/0.1.526", "dark", 390, 844),
     "front": ("#/", "light", 1200, 920),
     "front_phone": ("#/", "light", 390, 844),
-    "feature": ("#/0/1/1384", "light", 1200, 1560),
-    "feature_dark": ("#/2/0/47", "dark", 1200, 1560),
+    "feature": ("#/0/1/526", "light", 1200, 1690),
+    "feature_dark": ("#/2/0/47", "dark", 1200, 1730),
     "table_dark": ("#/2/1", "dark", 1200, 700),
     "search": ("#/search/in%20self", "light", 1200, 600),
 }
-QUERIES = ["e", "word12", "word", "after word7", "in w", "first in line", "nothing at all"]
+QUERIES = [
+    "e",
+    "word12",
+    "word",
+    "after word7",
+    "in w",
+    "first in line",
+    "raises word7",
+    "nothing at all",
+]
 
 
 def take(browser, site, out_dir):
@@ -41,12 +52,6 @@ def take(browser, site, out_dir):
     assert browser.errors() == []
 
 
-def save(site, key, value):
-    path = site / "data" / f"{key}.js"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"loaded({json.dumps(key)},{json.dumps(value)})")
-
-
 def made_up_table(rng, n):
     return {
         "count": [rng.randrange(5000) for _ in range(n)],
@@ -57,7 +62,6 @@ def made_up_table(rng, n):
         "share": [rng.randrange(20, 101) for _ in range(n)],
         "tokens": [rng.sample(range(50257), 4) for _ in range(n)],
         "raises": [rng.sample(range(50257), 3) for _ in range(n)],
-        "measured": [],
     }
 
 
@@ -66,14 +70,14 @@ def time_search(browser, site, copy):
     rng = random.Random(0)
     copy.mkdir()
     shutil.copy(site / "index.html", copy)
-    text = (site / "data/site.js").read_text()
-    described = json.loads(text[len('loaded("site",'):-1])
+    described = saved(site, "site")
     described["layers"] = 12
     described["levels"] = [{"n": 10, "k": 16, "m": 10}, {"n": 15, "k": 32, "m": 8}]
     save(copy, "site", described)
     save(copy, "vocab", [f" word{i}" for i in range(50257)])
     save(copy, "words", [f"word{i}" for i in range(50000)])
     save(copy, "labels", {})
+    save(copy, "pages", [])
     for layer in range(12):
         for level, n in enumerate((1024, 32768)):
             table = made_up_table(rng, n)
@@ -81,6 +85,7 @@ def time_search(browser, site, copy):
                 if kind in (0, 1, 2, 5):
                     table["says"][i] = rng.randrange(50000)
             save(copy, f"{layer}/{level}/table", table)
+            save(copy, f"{layer}/{level}/measured", {})
     browser.go("about:blank")
     start = time.monotonic()
     browser.go(f"file://{copy}/index.html#/search/e")
