@@ -1,6 +1,8 @@
 # make demo: train a small model on Python's own text and sample from it, on a CPU.
 # make test: the whole test suite. make dryrun: the published recipe's plan and memory, without a GPU.
 # make reference: the published recipe on 8 GPUs; GPUS=4 for fewer.
+# make gpu: what a user does on a GPU is tested and timed, in 8 minutes; PYTHON=... has PyTorch for
+# CUDA, the other packages of requirements.txt, and pytest. Send out/gpu/gpu.txt and gpu.json.
 # demo, dryrun and test install into .venv first; reference uses the Python that is active.
 
 PYTHON ?= python3
@@ -27,6 +29,13 @@ reference:
 	$(PYTHON) -m tools.evals --ckpt=out/cayley_small_2L --hellaswag=hub --lambada=hub --ppl=hub
 	$(PYTHON) sample.py --ckpt=out/cayley_small_2L --start="The reason is"
 
+gpu:
+	mkdir -p out/gpu
+	{ nvidia-smi; git log --oneline -1; $(PYTHON) -m pip list | grep -E "^(torch|triton|numpy|transformers) "; \
+	  $(PYTHON) -m pytest -q -rs --durations=0 tests/test_cuda.py; \
+	  $(PYTHON) -m tools.bench --device=cuda --json_file=out/gpu/gpu.json; \
+	} 2>&1 | tee out/gpu/gpu.txt
+
 .venv/installed: requirements.txt tests/constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PIP_INSTALL) -r requirements.txt
@@ -36,4 +45,4 @@ reference:
 	$(PIP_INSTALL) -r tests/requirements.txt
 	touch $@
 
-.PHONY: demo test dryrun reference
+.PHONY: demo test dryrun reference gpu

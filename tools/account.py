@@ -157,7 +157,8 @@ def loss_bytes(config, n_tokens, bf16=True, compiled=False):
     Of the loss at the start of the backward.
 
     Eager: log-probabilities and two gradients of their size, all in fp32, of which the forward has
-    saved the first. Compiled: logits, which the forward has saved, and their gradient.
+    saved the first. Compiled: logits, which the forward has saved, and their gradient; that takes
+    GPT.forward's logits to be without a gradient of their own.
     """
     n_logits = n_tokens * config.vocab_size
     if compiled:
@@ -195,6 +196,7 @@ def sae_state_bytes(config, bf16=True):
     d = config.n_embd
     buffers = (4 + 4 + 8 + 4) * n_features(config)  # mean, var, counts of activations, pending ones
     sums = 4 * (d * d + d)
+    # of PyTorch's kernels; Triton's have none
     table = (2 if bf16 else 4) * d * 2 ** levels[-1].n
     if table > TABLE_BYTES:
         table = 0  # its rows are made when needed
