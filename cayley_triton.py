@@ -5,9 +5,9 @@ select takes two kernels a level. The first makes the products with all features
 a Walsh-Hadamard transform in registers on the top level, else products of the signed inputs with
 the chirps on the matrix units, which are exact because signs and chirps are +1 and -1, and x is
 split into parts of 8 bits. It also keeps the best score of every 8 features. The second finds the k
-best of those groups, then the k best features in them: a threshold on the score's bits, one bit a
-round. combine and project hold a token in registers, 32 coordinates a lane, and read an atom as
-bits. Sums are in fp32. Of equal scores the smaller feature wins; every run gives the same results.
+best of those groups, then the k best features in them, by bisection of the score's bits. combine
+and project hold a token in registers, 32 coordinates a lane, and read an atom as bits. Sums are in
+fp32. Of equal scores the smaller feature wins; every run gives the same results.
 
 Importing this file is all it takes: cayley.py's operators then run these kernels on CUDA, but for
 shapes that supports() leaves out. `with enabled(False):` has PyTorch's run again; find_fault
@@ -27,7 +27,6 @@ import cayley
 
 SCRATCH_BYTES = 2**29  # select takes at most about so many bytes of tokens at a time
 GROUP = 8  # features that share one entry in the first search
-MOST_REGISTERS = 255  # that a thread may have
 
 # -----------------------------------------------------------------------------
 # select, first kernel of a level: the products
@@ -47,14 +46,8 @@ def _hadamard(y, rows: tl.constexpr, log_columns: tl.constexpr):
 
 @triton.jit
 def top_products(
-    x,
-    scale,
-    offset,
-    products,
-    best,
-    log_rows: tl.constexpr,
-    log_columns: tl.constexpr,
-    inv_sqrt_d: tl.constexpr,
+    x, scale, offset, products, best,
+    log_rows: tl.constexpr, log_columns: tl.constexpr, inv_sqrt_d: tl.constexpr,
     group: tl.constexpr,
 ):
     """
@@ -64,7 +57,7 @@ def top_products(
     """
     rows: tl.constexpr = 2**log_rows
     columns: tl.constexpr = 2**log_columns
-    token = tl.program_id(0).to(tl.int64)
+    token = tl.program_id(0)
     row = tl.arange(0, rows)[:, None]
     feature = row * columns + tl.arange(0, columns)[None, :]  # (rows, columns)
     y = tl.load(x + token * (rows * columns) + feature).to(tl.float32)
@@ -72,64 +65,56 @@ def top_products(
     y = tl.trans(_hadamard(tl.trans(y), columns, log_rows)) * inv_sqrt_d
     tl.store(products + token * (rows * columns) + feature, y)
     if group > 1:
-        score = y * tl.load(scale + feature).to(tl.float32) + tl.load(offset + feature).to(
-            tl.float32
-        )
+        score = y * tl.load(scale + feature).to(tl.float32)
+        score += tl.load(offset + feature).to(tl.float32)
         score = tl.max(tl.reshape(score, (rows, columns // group, group)), 2)
         entry = row * (columns // group) + tl.arange(0, columns // group)[None, :]
         tl.store(best + token * (rows * columns // group) + entry, score)
 
 
 @triton.jit
-def _keep_best(
-    best, score, entry, known, tail, rows: tl.constexpr, tails: tl.constexpr,
-    chirp_count: tl.constexpr, padded_chirps: tl.constexpr, group: tl.constexpr,
-):
-    """Of scores (rows, tails, padded_chirps) the best of every group, to best."""
-    score = tl.max(tl.reshape(score, (rows, tails, padded_chirps // group, group)), 3)
-    of_tail = tl.arange(0, padded_chirps // group)[None, None, :]
-    where = tail[None, :, None] * (chirp_count // group) + of_tail
-    where += entry * (tails * chirp_count // group)
-    tl.store(best + where, score, mask=known & (of_tail < chirp_count // group))
-
-
-@triton.jit
 def block_products(
     x, blocks, scale, offset, signs, chirps, walsh, products, best, n_tokens,
-    tokens: tl.constexpr, slots: tl.constexpr, padded_slots: tl.constexpr, heads: tl.constexpr,
-    padded_heads: tl.constexpr, step: tl.constexpr, tails: tl.constexpr, chirp_count: tl.constexpr,
+    first: tl.constexpr, gated: tl.constexpr, tokens: tl.constexpr, slots: tl.constexpr,
+    padded_slots: tl.constexpr, heads: tl.constexpr, padded_heads: tl.constexpr,
+    step: tl.constexpr, tails: tl.constexpr, chirp_count: tl.constexpr,
     padded_chirps: tl.constexpr, parts: tl.constexpr, dot_type: tl.constexpr,
     inv_sqrt_d: tl.constexpr, group: tl.constexpr,
 ):
     """
-    A gated level, some tokens a program: blocks (N, slots), ~block where it repeats -> products (N,
+    A lower level, some tokens a program: blocks (N, slots), ~block where it repeats -> products (N,
     slots, block) and, if group > 1, best scores (N, slots, block / group). As cayley.py's
     _block_scores, for a coordinate (h, j) = (head, tail): for each j sum over h the inputs, signed
-    by the block's parity of h, against the chirps; then transform over j.
+    by the block's parity of h, against the chirps; add that to all tails, by Walsh signs.
+
+    first: the level's first feature in scale and offset. gated: otherwise there is one block.
     """
     rows: tl.constexpr = tokens * padded_slots
     block_size: tl.constexpr = tails * chirp_count
-    token = tl.program_id(0).to(tl.int64) * tokens + tl.arange(0, tokens)  # (tokens,)
-    slot = tl.arange(0, padded_slots)[None, :]
-    inside = token < n_tokens
-    known = inside[:, None] & (slot < slots)  # (tokens, padded_slots)
-    block = tl.load(blocks + token[:, None] * slots + slot, mask=known, other=-1)
-    opens = tl.reshape(block >= 0, (rows, 1, 1))
-    block = tl.reshape(tl.where(block >= 0, block, ~block), (rows,))
-    entry = tl.reshape(token[:, None] * slots + slot, (rows, 1, 1))
-    known = tl.reshape(known, (rows, 1, 1))
+    row = tl.arange(0, rows)
+    token = tl.program_id(0) * tokens + row // padded_slots
+    slot = row % padded_slots
+    known = (token < n_tokens) & (slot < slots)
+    entry = token * slots + slot
+    block = tl.zeros((rows,), tl.int32)
+    if gated:
+        block = tl.load(blocks + entry, mask=known, other=-1)
+    opens = block >= 0
+    block = tl.where(opens, block, ~block)
 
+    own = tl.program_id(0) * tokens + tl.arange(0, tokens)  # (tokens,)
     head = tl.arange(0, step)
     chirp = tl.arange(0, padded_chirps)
-    tail = tl.arange(0, tails)
-    acc = tl.zeros((rows, tails, padded_chirps), tl.float32)
+    sums = ()  # of each tail, (rows, padded_chirps)
+    for _ in tl.static_range(tails):
+        sums = sums + (tl.zeros((rows, padded_chirps), tl.float32),)
     for j in range(tails):
         y = tl.zeros((rows, padded_chirps), tl.float32)
         for start in range(0, heads, step):
             h = start + head
             rest = tl.load(
-                x + token[:, None] * (heads * tails) + h[None, :] * tails + j,
-                mask=inside[:, None] & (h < heads)[None, :],
+                x + own[:, None] * (heads * tails) + h[None, :] * tails + j,
+                mask=(own < n_tokens)[:, None] & (h < heads)[None, :],
                 other=0,
             )  # (tokens, step)
             sign = tl.load(signs + block[:, None] * padded_heads + h[None, :])  # (rows, step)
@@ -138,22 +123,28 @@ def block_products(
             for _ in tl.static_range(parts):
                 part = rest.to(tl.bfloat16)
                 rest = rest.to(tl.float32) - part.to(tl.float32)
-                signed = part.to(tl.int16, bitcast=True)[:, None, :]
-                signed = tl.broadcast_to(signed, (tokens, padded_slots, step))
-                signed = (tl.reshape(signed, (rows, step)) ^ sign).to(tl.bfloat16, bitcast=True)
-                y = tl.dot(signed.to(dot_type), factor, y)  # (rows, padded_chirps)
-        acc += y[:, None, :] * tl.load(walsh + j * tails + tail)[None, :, None]
+                wide = tl.broadcast_to(part.to(dot_type)[:, None, :], (tokens, padded_slots, step))
+                y = tl.dot(tl.reshape(wide, (rows, step)) * sign.to(dot_type), factor, y)
+        added = ()
+        for tail in tl.static_range(tails):
+            added = added + (sums[tail] + y * tl.load(walsh + j * tails + tail),)
+        sums = added
 
-    acc *= inv_sqrt_d
-    feature = tail[None, :, None] * chirp_count + chirp[None, None, :]
-    real = known & (chirp < chirp_count)[None, None, :]
-    tl.store(products + entry * block_size + feature, acc, mask=real)
-    if group > 1:
-        where = block[:, None, None].to(tl.int64) * block_size + feature
-        score = acc * tl.load(scale + where, mask=real, other=0).to(tl.float32)
-        score += tl.load(offset + where, mask=real, other=0).to(tl.float32)
-        score = tl.where(opens, score, -float("inf"))
-        _keep_best(best, score, entry, known, tail, rows, tails, chirp_count, padded_chirps, group)
+    real = known[:, None] & (chirp < chirp_count)[None, :]
+    scored = real & opens[:, None]
+    feature = first + block[:, None] * block_size + chirp[None, :]
+    place = entry[:, None] * block_size + chirp[None, :]
+    for tail in tl.static_range(tails):
+        product = sums[tail] * inv_sqrt_d
+        tl.store(products + place + tail * chirp_count, product, mask=real)
+        if group > 1:
+            score = product * tl.load(scale + feature + tail * chirp_count, mask=real, other=0)
+            never = -float("inf")
+            score += tl.load(offset + feature + tail * chirp_count, mask=scored, other=never)
+            score = tl.max(tl.reshape(score, (rows, padded_chirps // group, group)), 2)
+            of_tail = tl.arange(0, padded_chirps // group)[None, :]
+            where = entry[:, None] * (block_size // group) + tail * (chirp_count // group) + of_tail
+            tl.store(best + where, score, mask=known[:, None] & (of_tail < chirp_count // group))
 
 
 # -----------------------------------------------------------------------------
@@ -168,19 +159,23 @@ def _ordered(score):
 
 
 @triton.jit
-def _largest(key, k: tl.constexpr):
-    """Mask of the k largest of int32 keys (M,), of equal keys the first."""
-    at_least = tl.sum((key >= 0).to(tl.int32), 0)
-    bound = tl.where(
-        at_least >= k, 0, -2147483648
-    )  # the k-th largest key, bit by bit from the first
-    for i in range(31):
-        trial = bound | (1 << (30 - i))
-        bound = tl.where(tl.sum((key >= trial).to(tl.int32), 0) >= k, trial, bound)
-    chosen = key >= bound
+def _largest(key, k: tl.constexpr, parts: tl.constexpr):
+    """
+    Mask of the k largest of int32 keys (M,), of equal keys the first; parts, at least k, divides M.
+
+    Bisection: at least k keys are >= low, since each of the parts has one, and none is above high.
+    """
+    low = tl.min(tl.max(tl.reshape(key, (key.shape[0] // parts, parts)), 0), 0)
+    high = tl.max(key, 0)
+    while low < high:
+        middle = (low | high) - ((low ^ high) >> 1)  # rounded up
+        count = tl.sum((key >= middle).to(tl.int32), 0)
+        low = tl.where(count >= k, middle, low)
+        high = tl.where(count > k, high, tl.where(count == k, middle, middle - 1))
+    chosen = key >= low
     if tl.sum(chosen.to(tl.int32), 0) > k:
-        above = key > bound
-        equal = (key == bound).to(tl.int32)
+        above = key > low
+        equal = (key == low).to(tl.int32)
         rest = k - tl.sum(above.to(tl.int32), 0)
         chosen = above | ((equal > 0) & (tl.cumsum(equal, 0) <= rest))
     return chosen
@@ -222,47 +217,62 @@ def _open_next(next_blocks, block, i, work, k: tl.constexpr):
 
 
 @triton.jit
+def _features(blocks, candidate, known, block_size: tl.constexpr, gated: tl.constexpr):
+    """Features of candidates, places among a token's products, and which of them are open."""
+    feature = candidate
+    if gated:
+        block = tl.load(blocks + candidate // block_size, mask=known, other=-1)
+        known = block >= 0
+        feature = tl.where(known, block, ~block) * block_size + candidate % block_size
+    return feature, known
+
+
+@triton.jit
 def pick(
     products, best, blocks, scale, offset, ids, values, next_blocks, work,
-    slots: tl.constexpr, block_size: tl.constexpr, k: tl.constexpr, padded_k: tl.constexpr,
-    padded_size: tl.constexpr, group: tl.constexpr, columns: tl.constexpr, column: tl.constexpr,
-    next_shift: tl.constexpr,
+    first: tl.constexpr, gated: tl.constexpr, slots: tl.constexpr, block_size: tl.constexpr,
+    k: tl.constexpr, padded_k: tl.constexpr, parts: tl.constexpr, padded_size: tl.constexpr,
+    group: tl.constexpr, columns: tl.constexpr, column: tl.constexpr, next_shift: tl.constexpr,
 ):
     """
     One token a program: the k features with the largest scores, largest first, into ids and values
     (N, columns).
 
-    next_blocks (N, k), unless next_shift < 0: blocks of the next level, ascending, ~block where it
-    repeats the one before. work (N, padded_k) int32: memory for vectors that lanes exchange.
+    first: the level's first feature in scale and offset. next_blocks (N, k), unless next_shift < 0:
+    blocks of the next level, ascending, ~block where it repeats the one before. work (N, padded_k)
+    int32: memory for vectors that lanes exchange.
     """
-    token = tl.program_id(0).to(tl.int64)
+    token = tl.program_id(0)
     work += token * padded_k
     products += token * (slots * block_size)
+    blocks += token * slots
+    scale += first
+    offset += first
     i = tl.arange(0, padded_k)
     real = i < k
     candidate = tl.arange(0, padded_size)
-    inside = candidate < slots * block_size
+    known = candidate < slots * block_size
+    n_candidates: tl.constexpr = padded_size if group == 1 else padded_k * group
     if group > 1:
         entry = tl.arange(0, padded_size // group)
         n_entries: tl.constexpr = slots * block_size // group
         best += token * n_entries
         score = tl.load(best + entry, mask=entry < n_entries, other=-float("inf"))
-        entry = _gather_chosen(_largest(_ordered(score), k), entry, i, work)
+        chosen = _largest(_ordered(score), k, parts)
+        entry = _gather_chosen(chosen, entry, i, work)
         candidate = tl.where(real, entry, 0)[:, None] * group + tl.arange(0, group)[None, :]
-        candidate = tl.reshape(candidate, (padded_k * group,))
-        inside = tl.reshape(tl.broadcast_to(real[:, None], (padded_k, group)), (padded_k * group,))
+        candidate = tl.reshape(candidate, (n_candidates,))
+        known = tl.reshape(tl.broadcast_to(real[:, None], (padded_k, group)), (n_candidates,))
 
-    block = tl.load(blocks + token * slots + candidate // block_size, mask=inside, other=-1)
-    inside = block >= 0
-    feature = block * block_size + candidate % block_size
-    score = tl.load(products + candidate, mask=inside, other=0)
-    score *= tl.load(scale + feature, mask=inside, other=0).to(tl.float32)
-    score += tl.load(offset + feature, mask=inside, other=-float("inf")).to(tl.float32)
-    candidate = _gather_chosen(_largest(_ordered(score), k), candidate, i, work)  # ascending
+    feature, known = _features(blocks, candidate, known, block_size, gated)
+    score = tl.load(products + candidate, mask=known, other=0)
+    score *= tl.load(scale + feature, mask=known, other=0).to(tl.float32)
+    score += tl.load(offset + feature, mask=known, other=-float("inf")).to(tl.float32)
+    chosen = _largest(_ordered(score), k, parts)
+    candidate = _gather_chosen(chosen, candidate, i, work)  # ascending
     candidate = tl.where(real, candidate, 0)
 
-    block = tl.load(blocks + token * slots + candidate // block_size)
-    feature = block * block_size + candidate % block_size
+    feature, _ = _features(blocks, candidate, real, block_size, gated)
     value = tl.load(products + candidate)
     score = value * tl.load(scale + feature).to(tl.float32)
     score += tl.load(offset + feature).to(tl.float32)
@@ -270,8 +280,9 @@ def pick(
     other = _spread(key, i, work)
     before = (other > key[:, None]) | ((other == key[:, None]) & (i[None, :] < i[:, None]))
     rank = tl.sum(before.to(tl.int32), 1)  # (padded_k,)
-    tl.store(ids + token * columns + column + rank, feature.to(tl.int64), mask=real)
-    tl.store(values + token * columns + column + rank, value.to(values.dtype.element_ty), mask=real)
+    place = token * columns + column + rank
+    tl.store(ids + place, feature.to(tl.int64), mask=real)
+    tl.store(values + place, value.to(values.dtype.element_ty), mask=real)
 
     if next_shift >= 0:
         block = tl.where(real, feature >> next_shift, 2147483647)
@@ -302,7 +313,7 @@ def combine_atoms(ids, weights, walsh, chirps, out, K, c, words: tl.constexpr):
         negative = negative + (tl.zeros((words,), tl.float32),)
     for k in range(K):
         weight = tl.load(weights + token * K + k).to(tl.float32)
-        word = _words(walsh, chirps, tl.load(ids + token * K + k), c, lane, words)
+        word = _words(walsh, chirps, tl.load(ids + token * K + k).to(tl.int32), c, lane, words)
         total += weight
         sums = ()
         for i in tl.static_range(32):
@@ -324,8 +335,9 @@ def project_atoms(y, ids, walsh, chirps, out, K, c, words: tl.constexpr):
         part = tl.load(y + token * (32 * words) + i * words + lane).to(tl.float32)
         total += part
         parts = parts + (part,)
-    for k in range(K):
-        word = _words(walsh, chirps, tl.load(ids + token * K + k), c, lane, words)
+    # unrolled, since ptxas then reads signs seven at a time
+    for k in tl.range(0, K, loop_unroll_factor=4):
+        word = _words(walsh, chirps, tl.load(ids + token * K + k).to(tl.int32), c, lane, words)
         negative = tl.zeros((words,), tl.float32)
         for i in tl.static_range(32):
             negative = tl.where((word >> i) & 1 != 0, negative + parts[i], negative)
@@ -339,12 +351,12 @@ def project_atoms(y, ids, walsh, chirps, out, K, c, words: tl.constexpr):
 
 @functools.cache
 def _sign_table(t, n, m, device):
-    """Sign bits of bfloat16, int16 (2^q, 2^p): a block's parity of the head; padded to 16 heads."""
+    """+1 and -1, bfloat16 (2^q, 2^p): a block's parity of the head; padded to 16 heads by zeros."""
     q = n - m
     p = min(q, t)
     blocks = torch.arange(2**q, device=device)
     signs = cayley._signs(blocks, p, q, torch.bfloat16, device)
-    return F.pad(signs, (0, max(16, 2**p) - 2**p)).view(torch.int16) & -32768
+    return F.pad(signs, (0, max(16, 2**p) - 2**p))
 
 
 @functools.cache
@@ -391,14 +403,23 @@ class Launch(NamedTuple):
 
     kernel: Callable
     constants: dict  # its constexpr arguments
-    tokens: int  # a program
-    warps: int  # a program
-    stages: int = 1  # of loads in flight in a loop of products
+    tokens: int = 1  # a program
+    warps: int = 1  # a program
     maxnreg: int | None = None  # registers a thread, at most
 
     def options(self):
         """Of Triton's compiler."""
-        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.maxnreg}
+        return {"num_warps": self.warps, "num_stages": 1, "maxnreg": self.maxnreg}
+
+
+class LevelLaunches(NamedTuple):
+    """What select starts for a level."""
+
+    n: int
+    k: int
+    m: int
+    products: Launch
+    picks: Launch
 
 
 def _top_launch(t, k):
@@ -409,10 +430,10 @@ def _top_launch(t, k):
         "inv_sqrt_d": 2 ** (-t / 2),
         "group": _group(1, t, k, 2 ** (t // 2)),
     }
-    return Launch(top_products, constants, 1, 1)
+    return Launch(top_products, constants)
 
 
-def _block_launch(t, n, m, k, slots, dtype):
+def _block_launch(t, n, m, k, slots, first, dtype):
     """Products of a gated level; a matrix product wants at least 16 of each dimension."""
     head = min(n - m, t)
     chirp = min(n - t, m)
@@ -421,12 +442,14 @@ def _block_launch(t, n, m, k, slots, dtype):
     tokens = max(1, 32 // padded_slots)
     size = tokens * padded_slots * 2 ** (t - head) * padded_chirps
     constants = {
+        "first": first,
+        "gated": m < n,
         "tokens": tokens,
         "slots": slots,
         "padded_slots": padded_slots,
         "heads": 2**head,
         "padded_heads": max(16, 2**head),
-        "step": min(128, max(16, 2**head)),
+        "step": min(128 if padded_chirps <= 32 else 64, max(16, 2**head)),
         "tails": 2 ** (t - head),
         "chirp_count": 2**chirp,
         "padded_chirps": padded_chirps,
@@ -436,73 +459,95 @@ def _block_launch(t, n, m, k, slots, dtype):
         "inv_sqrt_d": 2 ** (-t / 2),
         "group": _group(slots, m, k, 2**chirp),
     }
-    # 3 stages, Triton's default, leave one block a multiprocessor on sm_120; 1 spills. Without
-    # maxnreg ptxas may spill to make room for a third block: Triton 3.8's does, on sm_100
-    warps = 8 if size > 8192 else 4
-    return Launch(block_products, constants, tokens, warps, 2, MOST_REGISTERS)
+    # as few registers as don't spill: a multiprocessor holds 65,536 of them
+    registers = {16: 128, 32: 128, 64: 168}.get(padded_chirps, 255)
+    return Launch(block_products, constants, tokens, 8 if size > 8192 else 4, registers)
 
 
-def _pick_launch(m, k, slots, group, columns, column, next_shift):
+def _pick_launch(n, m, k, slots, first, group, columns, column, next_shift):
+    padded_k = max(8, _power_of_two(k))
+    padded_size = _power_of_two(slots) * 2**m
     constants = {
+        "first": first,
+        "gated": m < n,
         "slots": slots,
         "block_size": 2**m,
         "k": k,
-        "padded_k": max(8, _power_of_two(k)),
-        "padded_size": _power_of_two(slots) * 2**m,
+        "padded_k": padded_k,
+        "parts": min(padded_k, padded_size // group),
+        "padded_size": padded_size,
         "group": group,
         "columns": columns,
         "column": column,
         "next_shift": next_shift,
     }
-    return Launch(pick, constants, 1, 1)
+    return Launch(pick, constants)
 
 
-def level_launches(t, plan, dtype=torch.bfloat16):
+@functools.cache
+def level_launches(plan, dtype=torch.bfloat16):
     """
-    What select launches for x of dtype: for each level the Launch of its products and that of pick.
+    What select launches for x of dtype, LevelLaunches of each level.
 
-    plan: n, k, m of each level, as cayley.select takes it.
+    plan: n, k, m of each level, a tuple, as cayley.select takes it.
     """
+    t = plan[0]
     levels = list(zip(plan[::3], plan[1::3], plan[2::3]))
     launches = []
     column = 0
+    first = 0
     slots = 1
     for i, (n, k, m) in enumerate(levels):
         if i == 0:
             products = _top_launch(t, k)
         else:
-            products = _block_launch(t, n, m, k, slots if m < n else 1, dtype)
+            slots = slots if m < n else 1
+            products = _block_launch(t, n, m, k, slots, first, dtype)
         next_shift = -1
         if i + 1 < len(levels):
             next_n, _, next_m = levels[i + 1]
             if next_m < next_n:
                 next_shift = n - (next_n - next_m)
         group = products.constants["group"]
-        n_blocks = products.constants.get("slots", 1)
-        picks = _pick_launch(m, k, n_blocks, group, sum(plan[1::3]), column, next_shift)
-        launches.append((products, picks))
+        columns = sum(plan[1::3])
+        picks = _pick_launch(n, m, k, slots, first, group, columns, column, next_shift)
+        launches.append(LevelLaunches(n, k, m, products, picks))
         column += k
+        first += 2**n
         slots = k
     return launches
 
 
+@functools.cache
+def scratch_sizes(plan):
+    """The most products, and the most places for vectors, that a token has on any level."""
+    products = 0
+    places = 0
+    for level in level_launches(plan):
+        constants = level.picks.constants
+        products = max(products, constants["slots"] * constants["block_size"])
+        places = max(places, constants["padded_k"])
+    return products, places
+
+
+@functools.cache
 def supports(t, plan=(), dtype=torch.float32):
     """
-    Whether select, with its plan, is covered for d = 2^t and tensors of dtype; without a plan
-    combine and project.
+    Whether select, with its plan, a tuple, is covered for d = 2^t and tensors of dtype; without a
+    plan combine and project.
 
     Not covered: d under 32, float64, and levels whose open features don't fit in registers (16,384
     of some tokens' for products, 2,048 of a token's for a search without groups).
     """
     if not 5 <= t <= 12 or dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return False
-    for products, picks in level_launches(t, plan, dtype):
-        if products.kernel is block_products:
-            constants = products.constants
+    for level in level_launches(plan, dtype) if plan else ():
+        constants = level.products.constants
+        if level.products.kernel is block_products:
             rows = constants["tokens"] * constants["padded_slots"]
             if rows * constants["tails"] * constants["padded_chirps"] > 16384:
                 return False
-        if picks.constants["group"] == 1 and picks.constants["padded_size"] > 2048:
+        if constants["group"] == 1 and level.picks.constants["padded_size"] > 2048:
             return False
     return True
 
@@ -535,58 +580,55 @@ class enabled:
 
 def select(x, scale, offset, plan):
     """x (N, d), scale and offset (F,), plan -> ids (N, K) int64, products (N, K) as scale."""
+    plan = tuple(plan)
     if not _enabled or not supports(plan[0], plan, x.dtype):
-        return cayley.torch_select(x, scale, offset, plan)
+        return cayley.torch_select(x, scale, offset, list(plan))
     x = x.contiguous()
     scale = scale.contiguous()
     offset = offset.contiguous()
-    K = sum(plan[1::3])
-    ids = x.new_empty((len(x), K), dtype=torch.int64)
-    values = scale.new_empty((len(x), K))
-    launches = level_launches(plan[0], plan, x.dtype)
-    open_features = []
-    for _, picks in launches:
-        open_features.append(picks.constants["slots"] * picks.constants["block_size"])
-    step = max(1, SCRATCH_BYTES // (4 * max(open_features)))
+    ids = x.new_empty((len(x), sum(plan[1::3])), dtype=torch.int64)
+    values = scale.new_empty(ids.shape)
+    step = max(1, SCRATCH_BYTES // (4 * scratch_sizes(plan)[0]))
     with torch.cuda.device_of(x):
+        if 0 < len(x) <= step:
+            _select_chunk(x, scale, offset, plan, ids, values)
+            return ids, values
         for start in range(0, len(x), step):
             part = slice(start, start + step)
-            scratch = max(open_features)
-            _select_chunk(x[part], scale, offset, plan, launches, scratch, ids[part], values[part])
+            _select_chunk(x[part], scale, offset, plan, ids[part], values[part])
     return ids, values
 
 
-def _select_chunk(x, scale, offset, plan, launches, scratch, ids, values):
-    """select for x (N, d) into ids and values (N, K); scratch: products that a token may have."""
+def _select_chunk(x, scale, offset, plan, ids, values):
+    """select for x (N, d) into ids and values (N, K), N so small that 32 bits count its scratch."""
     N = len(x)
     t = plan[0]
+    scratch, lanes = scratch_sizes(plan)
     products = x.new_empty((N, scratch), dtype=torch.float32)
     best = x.new_empty((N, scratch // GROUP), dtype=torch.float32)
-    lanes = max(picks.constants["padded_k"] for _, picks in launches)
     work = x.new_empty((N, lanes), dtype=torch.int32)
-    only_block = x.new_zeros((N, 1), dtype=torch.int32)
-    start = 0
-    next_blocks = None
-    for (n, k, m), (first, picks) in zip(zip(plan[::3], plan[1::3], plan[2::3]), launches):
-        blocks = next_blocks if m < n else only_block
-        level_scale = scale[start:start + 2**n]
-        level_offset = offset[start:start + 2**n]
-        start += 2**n
-        results = (products, best)
+    blocks = work  # of the level; the top level has none
+    for n, k, m, first, picks in level_launches(plan, x.dtype):
         if first.kernel is top_products:
-            arguments = (x, level_scale, level_offset, *results)
+            arguments = (x, scale, offset, products, best)
         else:
             tables = (
                 _sign_table(t, n, m, x.device),
                 _chirp_table(t, n, m, x.device),
                 cayley._walsh(t - min(n - m, t), torch.float32, x.device),
             )
-            arguments = (x, blocks, level_scale, level_offset, *tables, *results, N)
-        grid = (triton.cdiv(N, first.tokens),)
-        first.kernel[grid](*arguments, **first.options(), **first.constants)
-        next_blocks = x.new_empty((N, k), dtype=torch.int32)
-        arguments = (*results, blocks, level_scale, level_offset, ids, values, next_blocks, work)
-        picks.kernel[(N,)](*arguments, **picks.options(), **picks.constants)
+            arguments = (x, blocks, scale, offset, *tables, products, best, N)
+        first.kernel[(triton.cdiv(N, first.tokens),)](
+            *arguments, **first.options(), **first.constants
+        )
+        next_blocks = work
+        if picks.constants["next_shift"] >= 0:
+            next_blocks = x.new_empty((N, k), dtype=torch.int32)
+        picks.kernel[(N,)](
+            products, best, blocks, scale, offset, ids, values, next_blocks, work,
+            **picks.options(), **picks.constants,
+        )
+        blocks = next_blocks
 
 
 def combine(ids, weights, t, n):

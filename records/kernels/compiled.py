@@ -6,8 +6,8 @@ Compiles the kernels of cayley_triton.py without a GPU, at the published recipes
     python records/kernels/compiled.py --designs          # what was weighed, on sm_80
 
 Per kernel: registers, stack (spills), shared memory, blocks a multiprocessor holds, instructions in
-its SASS and in its loops, and on sm_80 warp instructions a token, where an instruction of a loop
-counts as often as the loop runs. Needs triton, whose wheel brings ptxas and cuobjdump.
+its SASS and in its loops, and warp instructions a token, where an instruction of a loop counts as
+often as the loop runs. Needs triton, whose wheel brings ptxas and cuobjdump.
 """
 import csv
 import io
@@ -32,6 +32,7 @@ from triton.compiler import ASTSource
 
 import cayley
 import cayley_triton
+from cayley_triton import Launch
 from data import write_text
 
 # settings, see configurator.py
@@ -48,12 +49,13 @@ RECIPES = (
     "11,16,0;15,32,256;17,64,256",
 )
 REGISTERS = 65536  # of a multiprocessor, on every arch here
+ROUNDS = 8  # of pick's searches, a mean: 6 to 10 for normal scores, 31 at most
 SHARED_BYTES = {80: 164, 90: 228, 100: 228, 120: 100}  # of a multiprocessor, in KiB
 
 # kernel's tensors; x is the activations' type
 TYPES = {
     "top_products": "*x *fp32 *fp32 *fp32 *fp32",
-    "block_products": "*x *i32 *fp32 *fp32 *i16 *bf16 *fp32 *fp32 *fp32 i32",
+    "block_products": "*x *i32 *fp32 *fp32 *bf16 *bf16 *fp32 *fp32 *fp32 i32",
     "pick": "*fp32 *fp32 *i32 *fp32 *fp32 *i64 *fp32 *i32 *i32",
     "combine_atoms": "*i64 *x *i32 *i32 *x i32 i32",
     "project_atoms": "*x *i64 *i32 *i32 *x i32 i32",
@@ -65,14 +67,14 @@ def launches(text):
     """(name, Launch) of everything that a layer with these levels starts."""
     sae = cayley.CayleySAE(2 ** int(text.split(",")[0]), text)
     found = []
-    per_level = cayley_triton.level_launches(sae.t, sae.plan, getattr(torch, dtype))
-    for level, (products, picks) in enumerate(per_level):
-        found.append((f"products of level {level}", products))
-        found.append((f"pick of level {level}", picks))
+    per_level = cayley_triton.level_launches(tuple(sae.plan), getattr(torch, dtype))
+    for i, level in enumerate(per_level):
+        found.append((f"products of level {i}", level.products))
+        found.append((f"pick of level {i}", level.picks))
     words = {"words": sae.n_embd // 32}
     K = sum(level.k for level in sae.levels)
     for kernel in (cayley_triton.combine_atoms, cayley_triton.project_atoms):
-        found.append((kernel.fn.__name__, cayley_triton.Launch(kernel, words, 1, 1)))
+        found.append((kernel.fn.__name__, Launch(kernel, words)))
     return found, K
 
 
@@ -88,23 +90,27 @@ def bitonic_pick(scores, ids, size: tl.constexpr, k: tl.constexpr):
     tl.store(ids + token * k + tl.arange(0, k), size - 1 - (best & 0xFFFFFFFF))
 
 
+def product_variants():
+    """(tokens, warps, most registers) of a program of products: what a GPU may prefer."""
+    return [(2, 4, 128), (2, 4, 168), (2, 2, 255), (1, 2, 168), (4, 8, 128), (2, 8, 128)]
+
+
 def weighed():
     """(name, Launch) of other ways to do level 1 of 10,16,0;15,32,256."""
     sae = cayley.CayleySAE(1024, "10,16,0;15,32,256")
-    products, picks = cayley_triton.level_launches(sae.t, sae.plan)[1]
+    _, _, _, products, picks = cayley_triton.level_launches(tuple(sae.plan))[1]
     found = []
-    for tokens in (1, 2, 4):
+    for tokens, warps, registers in product_variants():
+        kept = (tokens, warps, registers) == (products.tokens, products.warps, products.maxnreg)
+        name = f"products, {16 * tokens} rows, {warps} warps, {registers} registers"
         constants = {**products.constants, "tokens": tokens}
-        name = f"products, {16 * tokens} rows a program" + " (kept)" * (tokens == products.tokens)
-        launch = products._replace(constants=constants, tokens=tokens, warps=4)
-        found.append((name, launch))
-    found.append(("top-k: threshold in the best of 8 (kept)", picks))
-    for stages in (1, 3):
-        found.append((f"products, {stages} stages", products._replace(stages=stages)))
-    everything = picks._replace(constants={**picks.constants, "group": 1}, warps=4)
-    found.append(("top-k: threshold in all 4,096", everything))
+        launch = Launch(products.kernel, constants, tokens, warps, registers)
+        found.append((name + " (kept)" * kept, launch))
+    found.append(("top-k: bisection in the best of 8 (kept)", picks))
+    constants = {**picks.constants, "group": 1, "parts": picks.constants["padded_k"]}
+    found.append(("top-k: bisection in all 4,096", Launch(picks.kernel, constants, warps=4)))
     for warps in (1, 4):
-        bitonic = cayley_triton.Launch(bitonic_pick, {"size": 4096, "k": 32}, 1, warps)
+        bitonic = Launch(bitonic_pick, {"size": 4096, "k": 32}, warps=warps)
         found.append((f"top-k: bitonic, {warps} warps", bitonic))
     return found
 
@@ -165,7 +171,9 @@ def trips(launch, K):
     """How often the loops of a kernel run, the outer first."""
     constants = launch.constants
     if launch.kernel is cayley_triton.pick:
-        return [31, 31]  # bits of a threshold, in each search
+        return [ROUNDS, ROUNDS]
+    if launch.kernel is cayley_triton.project_atoms:
+        return [K // 4, K % 4]  # it is unrolled
     if launch.kernel is cayley_triton.block_products:
         steps = -(-constants["heads"] // constants["step"])
         return [constants["tails"], steps] if steps > 1 else [constants["tails"]]
@@ -210,7 +218,7 @@ def row(name, launch, capability, K):
         "blocks": min(by_registers, by_shared, 2048 // threads, 32),
         "instructions": len(code),
         "loops": " ".join(map(str, sizes)),
-        "a token": token_instructions(launch, code, loops(code), K) if capability == 80 else "",
+        "a token": token_instructions(launch, code, loops(code), K),
     }
 
 
