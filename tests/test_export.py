@@ -286,7 +286,7 @@ def test_the_card_names_corpus_language_and_licence(trained, data_dir, tmp_path)
     run_export(trained, "hf", tmp_path / "folder")
     card = (tmp_path / "folder" / "README.md").read_text()
     assert "| corpus | the text that every Python ships |" in card
-    assert "license: mit" in card and "datasets:" not in card
+    assert "license: mit" in card and "| language | en |" in card and "datasets:" not in card
     fineweb = tmp_path / "fineweb"
     shutil.copytree(data_dir, fineweb)
     meta = json.loads((fineweb / "meta.json").read_text())

@@ -64,7 +64,7 @@ data_dir = ""  # "": that of the run
 tokens = 1_000_000  # for neuronpedia, of the train split, at most
 # for hf's card
 license = "mit"  # of the weights, as the hub names it
-language = ""  # codes as the hub names them, "en, de"; "": en of FineWeb-Edu, else not recorded
+language = ""  # codes as the hub names them, "en, de"; "": that of the corpus, if it is known
 corpus = ""  # what the model read; "": by the data's meta.json
 
 BATCH = 128  # features in a request: Neuronpedia takes no more
@@ -121,14 +121,14 @@ def export_hf(model, checkpoint, directory):
     for name, value in hf_configs(model, encoding).items():
         write_json(path(name), value)
     run, rows, scores = read_run(run_directory())
-    text, datasets = corpus, []
+    text, datasets, known_language = corpus, [], ""
     if not corpus:
-        text, datasets = read_corpus(data_dir or run_data_dir(config))
+        text, datasets, known_language = read_corpus(data_dir or run_data_dir(config))
     facts = {
         "corpus": text,
         "datasets": datasets,
         "license": license,
-        "language": language or ("en" if datasets else ""),
+        "language": language or known_language,
         "padding": PADDING if padding_id(model, encoding) is not None else None,
         "tested": TESTED,
     }

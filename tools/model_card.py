@@ -43,8 +43,8 @@ LOAD = """
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     print(tokenizer.decode(model.generate(ids, max_new_tokens={new_tokens})[0]))
 
-The tokenizer doesn't add end of text itself. Tested with transformers {tested} (config.json says so
-too).
+The tokenizer doesn't add end of text itself.
+Tested with transformers {tested}, as config.json says.
 """
 STEER = """
     model.saes()[{layer}].edits.append(({level}, 3, 1, 8.0))    # feature 3: add 8 to its code
@@ -168,16 +168,17 @@ def without_paths(value):
 
 def read_corpus(directories):
     """
-    What prepared data were made of, and the hub's names of their data sets, by their meta.json.
+    What prepared data are made of, the hub's names of their data sets, and their language.
 
-    directories: their names, with commas. (None, []) where one isn't on this machine.
+    directories: their names, with commas. By their meta.json; (None, [], "") where one isn't on
+    this machine. The language of a user's own files isn't known: "".
     """
-    texts, datasets = [], []
+    texts, datasets, language = [], [], "en"
     for directory in directories.split(","):
         try:
             meta = read_meta(directory)
         except ValueError:
-            return None, []
+            return None, [], ""
         source = meta.get("source")
         if source == "fineweb-edu":
             texts.append(f"[FineWeb-Edu](https://huggingface.co/datasets/{FINEWEB})")
@@ -188,7 +189,8 @@ def read_corpus(directories):
             names = sorted({os.path.basename(name) for name in meta.get("files", {})})
             more = f" and {len(names) - 3} more files" if len(names) > 3 else ""
             texts.append(", ".join(names[:3]) + more)
-    return "; ".join(dict.fromkeys(texts)), sorted(set(datasets))
+            language = ""
+    return "; ".join(dict.fromkeys(texts)), sorted(set(datasets)), language
 
 
 def column(rows, key):
