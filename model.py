@@ -425,7 +425,8 @@ class GPT(nn.Module):
         vocabulary and are never sampled. A context that outgrows block_size moves on by half a
         block, so that learned positions stay valid and a cache (use_cache) is refilled once per
         half block. The text does not depend on the cache, nor on the graphs that CUDA replays with
-        it (DecodingStep); edits may change, and recording() begin, from one token to the next.
+        it (DecodingStep). Edits may change from one token to the next; then a cache keeps the keys
+        and values of tokens read before.
         """
         block_size = self.config.block_size
         cache = None
