@@ -51,9 +51,13 @@ def pick_device(device):
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        return torch.device(device)
+        picked = torch.device(device)
     except RuntimeError:
         raise ValueError(f"device={device!r}: must be {kind!r} or {kind}:number") from None
+    if kind == "cuda" and picked.index >= torch.cuda.device_count():
+        raise ValueError(f"device={device!r}: there are {torch.cuda.device_count()} CUDA devices, "
+                         "counted from 0")
+    return picked
 
 
 # -----------------------------------------------------------------------------

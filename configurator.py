@@ -57,9 +57,13 @@ def _tell_torchrun(line):
 
 def one_line(kind, error, traceback):
     """As sys.excepthook: what was raised of bad input is one line on standard error."""
-    if not issubclass(kind, (ValueError, OSError, KeyboardInterrupt)):
+    out_of_memory = kind.__name__ == "OutOfMemoryError"  # PyTorch's, which isn't imported here
+    if not out_of_memory and not issubclass(kind, (ValueError, OSError, KeyboardInterrupt)):
         return sys.__excepthook__(kind, error, traceback)
     message = "interrupted" if kind is KeyboardInterrupt else error
+    if out_of_memory:
+        sentences = str(error).split(". ")
+        message = ". ".join(sentences[:2]) + ": a smaller --batch_size takes less"
     line = f"{os.path.basename(sys.argv[0])}: {message}"
     if _tell_torchrun(line):
         sys.stdout.flush()

@@ -145,14 +145,14 @@ class LogLines(tqdm):
             print(str(self).strip(), file=sys.stderr, flush=True)
 
 
-def progress(iterable=None, **options):
+def progress(iterable=None, desc=None, **options):
     """
     iterable, or a context whose update(n) counts, with tqdm's bar; in a log with lines instead.
 
-    options: tqdm's desc, unit, total, initial, unit_scale, leave.
+    desc: what it is, shown before the numbers; options: tqdm's unit, total, initial, unit_scale.
     """
     kind = tqdm if sys.stderr.isatty() else LogLines
-    return kind(iterable, **options)
+    return kind(iterable, desc, leave=False, **options)
 
 
 # -----------------------------------------------------------------------------

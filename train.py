@@ -216,6 +216,7 @@ if kernels == "auto" and saes and device.type == "cuda" and importlib.util.find_
         raw_model.eval()(idx)
     raw_model.train()
     fault = cayley_triton.find_fault(saes[0], records[0][0].x)
+    del idx, records  # gigabytes at the reference's size
     if all_ranks(torch.tensor(float(fault != ""), device=device)):
         cayley_triton.enabled(False)
         say(f"WARNING, rank {rank}: Triton's kernels don't agree with PyTorch's on a batch "

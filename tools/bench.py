@@ -27,11 +27,11 @@ from torch.nn import functional as F
 import cayley
 from cayley import CayleySAE
 from checkpoint import pick_device
-from data import write_json
+from data import progress, write_json
 from model import GPT, Block, GPTConfig
 from muon import MuonAdamW
 from tools import account
-from tools.report import aligned, progress
+from tools.report import aligned
 from tools.topk_sae import TopKSAE
 
 try:

@@ -57,10 +57,9 @@ from html import escape
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from checkpoint import load_model, pick_device
-from data import atomic, get_tokenizer, run_windows, write_json, write_text
+from data import atomic, encode, get_tokenizer, progress, run_windows, write_json, write_text
 from tools.attribution import (
     CayleyFeatures,
     Coordinates,
@@ -221,8 +220,7 @@ def measure(dictionary, choice, test):
     permutations = [torch.randperm(rates.shape[-1] - 1, generator=generator).to(rates.device)
                     for _ in dictionary.model.blocks]
     results = []
-    for batch in tqdm(list(test.batches(batch_size)), desc=dictionary.name, leave=False,
-                      disable=None):
+    for batch in progress(list(test.batches(batch_size)), dictionary.name):
         results.append(measure_batch(dictionary, batch, means, rates, tokens, permutations,
                                      generator))
     return {name: torch.cat([result[name] for result in results]).double().cpu().numpy()
@@ -578,12 +576,12 @@ def run_tasks(target):
 
 def prompt_contexts(encoding, block_size):
     """Contexts of the one prompt. Raises ValueError if they can't be made."""
-    ids = [encoding.eot_token, *encoding.encode_ordinary(prompt)]
+    ids = [encoding.eot_token, *encode(encoding, prompt)]
     if len(ids) > block_size:
         raise ValueError(f"the prompt has {len(ids)} tokens with end of text, more than "
                          f"block_size={block_size}")
     if not wrong:
-        return as_contexts([(ids, ids, encoding.encode_ordinary(answer)[0], -1)], ids[0])
+        return as_contexts([(ids, ids, encode(encoding, answer)[0], -1)], ids[0])
     row = tokenized(Example(prompt, patch, answer, wrong), encoding, block_size)
     if row is None:
         raise ValueError("--prompt and --patch must be of as many tokens but not the same, and "

@@ -53,11 +53,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from cayley import Codes
 from checkpoint import build_model, load_checkpoint, pick_device
-from data import get_tokenizer, lock, permute, read_text, run_windows, write_text
+from data import encode, get_tokenizer, lock, permute, progress, read_text, run_windows, write_text
 from model import KVCache
 from tools.evals import RARE, code_statistics, explained
 
@@ -143,7 +142,7 @@ def read_batch(model, windows):
 def batches(windows, label, done=0):
     """Windows (M, T) from number done on, in batches, with a progress bar."""
     numbers = range(done, len(windows), batch_size)
-    for first in tqdm(numbers, desc=label, unit="batch", disable=None):
+    for first in progress(numbers, label, unit="batch"):
         yield windows[first:first + batch_size]
 
 
@@ -1027,7 +1026,7 @@ def main():
         raise ValueError(f"{ckpt} is a dense twin: it has no features")
     encoding = get_tokenizer(checkpoint["config"]["tokenizer"])
     by_hand = read_labels(labels, model.saes()) if labels else {}
-    text_ids = encoding.encode_ordinary(read_text(text)) if text else []
+    text_ids = encode(encoding, read_text(text)) if text else []
     source = run_windows(checkpoint["config"], split, data_dir)
     windows, places = choose_windows(source)
     with site_directory(model, windows) as (directory, codes):
@@ -1048,7 +1047,7 @@ def main():
         save(directory, "site", site)
         print(f"open {index}: the front page is there, the others follow")
         every_reader = [reader for layer in readers for reader in layer]
-        for reader in tqdm(every_reader, desc="writing", unit="level", disable=None):
+        for reader in progress(every_reader, "writing", unit="level"):
             write_level(directory, model, reader, reading)
         if text_ids:
             write_text_page(directory, model, encoding, text_ids[:text_tokens])

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tools.report import progress
+from data import progress
 
 UNKNOWN = -1
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from data import progress
 from tools.labels import english_words, token_texts
-from tools.report import progress
 
 BINS = 256  # of scores, for AUC
 FEWEST = 30  # tokens with a label on either side, for it to count

@@ -83,7 +83,7 @@ from torch.nn import functional as F
 
 from cayley import CayleySAE, Codes, plain_encode
 from checkpoint import build_model, check_archive, load_checkpoint, pick_device
-from data import atomic, get_tokenizer, lock, run_windows, write_json, write_text
+from data import atomic, get_tokenizer, lock, progress, run_windows, write_json, write_text
 from model import GPT
 from tools.evals import covariances, explained, mean_and_error
 from tools.labels import UNKNOWN, label_stream
@@ -100,7 +100,7 @@ from tools.probing import (
     token_rates,
     word_letters,
 )
-from tools.report import batches, duration, interval_chart, markdown, progress, write_csv
+from tools.report import batches, duration, interval_chart, markdown, write_csv
 from tools.topk_sae import TopKSAE, fit_saes
 
 # settings, see configurator.py

@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from data import encode
+
 FEWEST = 4  # contexts of a side
 
 
@@ -225,7 +227,7 @@ def continued(text, answer, wrong, encoding):
 
     None where one continuation is the other's beginning.
     """
-    one, other = (encoding.encode_ordinary(text + end) for end in (answer, wrong))
+    one, other = (encode(encoding, text + end) for end in (answer, wrong))
     for n, (a, b) in enumerate(zip(one, other)):
         if a != b:
             return one[:n], a, b

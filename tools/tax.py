@@ -24,9 +24,9 @@ from configurator import configure
 
 import numpy as np
 
-from data import write_text
+from data import progress, write_text
 from tools import account
-from tools.report import line_chart, markdown, progress, write_csv
+from tools.report import line_chart, markdown, write_csv
 
 # settings, see configurator.py
 config = "configs/demo.py"  # of every run

@@ -13,7 +13,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from cayley import Codes
-from tools.report import progress
+from data import progress
 
 
 class TopKSAE(nn.Module):

@@ -12,7 +12,7 @@ import os
 from configurator import configure
 
 from checkpoint import load_model
-from data import get_tokenizer, read_json_lines
+from data import encode, get_tokenizer, read_json_lines
 from tools import evals
 
 # settings, see configurator.py
@@ -23,8 +23,8 @@ samples = "samples"
 def hellaswag_row(model, encoding, row):
     """Log-probabilities of the four endings, and the chosen one."""
     context, *endings = evals.hellaswag_text(row)
-    context_ids = [encoding.eot_token] + encoding.encode_ordinary(context)
-    pairs = [(context_ids, encoding.encode_ordinary(" " + ending)) for ending in endings]
+    context_ids = [encoding.eot_token] + encode(encoding, context)
+    pairs = [(context_ids, encode(encoding, " " + ending)) for ending in endings]
     log_probs = [score for score, _ in evals.continuation_scores(model, pairs)]
     normed = [score / max(1, len(ending)) for score, ending in zip(log_probs, endings)]
     return log_probs, normed.index(max(normed)) == int(row["label"])
@@ -33,8 +33,8 @@ def hellaswag_row(model, encoding, row):
 def lambada_row(model, encoding, row):
     """Log-probability of the last word, and whether it is the most likely one."""
     context, _, word = row["text"].rstrip().rpartition(" ")
-    context_ids = [encoding.eot_token] + encoding.encode_ordinary(context)
-    pairs = [(context_ids, encoding.encode_ordinary(" " + word))]
+    context_ids = [encoding.eot_token] + encode(encoding, context)
+    pairs = [(context_ids, encode(encoding, " " + word))]
     ((score, greedy),) = evals.continuation_scores(model, pairs)
     return [score], greedy
 
