@@ -20,6 +20,7 @@ import bisect
 import math
 import os
 import sys
+from configurator import configure
 from dataclasses import fields
 from typing import NamedTuple
 
@@ -27,7 +28,6 @@ import torch
 
 from cayley import CHUNK_BYTES, TABLE_BYTES, parse_levels
 from checkpoint import pick_device
-from configurator import configure
 from data import Windows
 from model import GPT, GPTConfig
 from tools.report import markdown, write_csv
@@ -157,7 +157,8 @@ def loss_bytes(config, n_tokens, bf16=True, compiled=False):
     Of the loss at the start of the backward.
 
     Eager: log-probabilities and two gradients of their size, all in fp32, of which the forward has
-    saved the first. Compiled: logits, which the forward has saved, and their gradient.
+    saved the first. Compiled: logits, which the forward has saved, and their gradient; that takes
+    GPT.forward's logits to be without a gradient of their own.
     """
     n_logits = n_tokens * config.vocab_size
     if compiled:
@@ -193,8 +194,9 @@ def sae_state_bytes(config, bf16=True):
     if not levels:
         return 0
     d = config.n_embd
-    buffers = (4 + 4 + 8 + 8) * n_features(config)  # mean, var and two counts of activations
+    buffers = (4 + 4 + 8 + 4) * n_features(config)  # mean, var, counts of activations, pending ones
     sums = 4 * (d * d + d)
+    # of PyTorch's kernels; Triton's have none
     table = (2 if bf16 else 4) * d * 2 ** levels[-1].n
     if table > TABLE_BYTES:
         table = 0  # its rows are made when needed
@@ -262,18 +264,15 @@ def train_settings(arguments):
     """
     train.py's globals with its arguments applied and checked, as it does both itself.
 
-    Importing train.py would train. So its source is run down to the statement that assigns config
-    and through the checks, statements with a raise, that stand directly below; get_lr is defined,
-    and the rest never runs. Raises ValueError as train.py does.
+    Importing train.py would train. So its source is run down to the statement that picks the
+    device, which stands below settings and their checks; get_lr is defined, and the rest never
+    runs. Raises ValueError as train.py does.
     """
     path = os.path.join(ROOT, "train.py")
     with open(path, encoding="utf-8") as file:
         statements = ast.parse(file.read(), path).body
     end = 0
-    while not ast.unparse(statements[end]).startswith("config = "):
-        end += 1
-    end += 1
-    while any(isinstance(node, ast.Raise) for node in ast.walk(statements[end])):
+    while ast.unparse(statements[end]) != "device = pick_device(device)":
         end += 1
     get_lr = [s for s in statements[end:] if getattr(s, "name", "") == "get_lr"]
     program = ast.Module(statements[:end] + get_lr, type_ignores=[])

@@ -18,6 +18,7 @@ import math
 import platform
 import statistics
 import time
+from configurator import configure
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,6 @@ from torch.nn import functional as F
 import cayley
 from cayley import CayleySAE
 from checkpoint import pick_device
-from configurator import configure
 from data import write_json
 from model import GPT, Block, GPTConfig
 from muon import MuonAdamW
@@ -79,7 +79,7 @@ REFERENCE = Sizes(
     models=MODELS,
     batch_size=32,
     contexts=(64, 512),
-    n_samples=32,
+    n_samples=256,  # of a sample's length, so that capturing a CUDA graph has its share
     copied_bytes=2**30,
     backend="inductor",
 )
@@ -96,7 +96,8 @@ TINY = Sizes(
 
 def cpu_sizes():
     """The reference's width in n_layer layers, one sequence a step."""
-    return REFERENCE._replace(shape={**REFERENCE.shape, "n_layer": n_layer}, batch_size=1)
+    shape = {**REFERENCE.shape, "n_layer": n_layer}
+    return REFERENCE._replace(shape=shape, batch_size=1, n_samples=32)
 
 
 # -----------------------------------------------------------------------------
@@ -323,6 +324,7 @@ def bench_steps(sizes, compiled, deadline=math.inf):
         if time.perf_counter() > deadline:
             print(f"left out for want of time: {', '.join(group)}")
             continue
+        cayley._sign_table.cache_clear()  # a peak has no other model's tables
         try:
             rows |= measure_steps(sizes, group, compiled)
         except torch.OutOfMemoryError:

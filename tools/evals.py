@@ -38,6 +38,7 @@ import math
 import os
 import re
 import time
+from configurator import configure
 
 import numpy as np
 import torch
@@ -46,7 +47,6 @@ from torch.nn import functional as F
 
 from cayley import Codes
 from checkpoint import load_model, pick_device
-from configurator import configure
 from data import get_tokenizer, read_json_lines, read_text, run_windows, write_json
 from tools.report import batches, duration, progress
 

@@ -72,6 +72,7 @@ import sys
 import textwrap
 import time
 import zipfile
+from configurator import configure
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -82,7 +83,6 @@ from torch.nn import functional as F
 
 from cayley import CayleySAE, Codes, plain_encode
 from checkpoint import build_model, check_archive, load_checkpoint, pick_device
-from configurator import configure
 from data import atomic, get_tokenizer, lock, run_windows, write_json, write_text
 from model import GPT
 from tools.evals import covariances, explained, mean_and_error
