@@ -47,8 +47,17 @@ from torch.nn import functional as F
 
 from cayley import Codes
 from checkpoint import load_model, pick_device
-from data import get_tokenizer, read_json_lines, read_text, run_windows, write_json
-from tools.report import batches, duration, progress
+from data import (
+    encode,
+    get_tokenizer,
+    progress,
+    read_json_lines,
+    read_text,
+    run_windows,
+    write_json,
+)
+from model import covariances, explained
+from tools.report import batches, duration
 
 # settings, see configurator.py
 ckpt = "out/ckpt.pt"  # or a directory with a ckpt.pt
@@ -285,8 +294,8 @@ def text_scores(model, encoding, texts):
     lengths = token_bytes(encoding)
     pairs, owners = [], []
     n_bytes, n_words = 0, 0
-    for number, text in enumerate(progress(texts, "encoding")):
-        ids = np.array([encoding.eot_token] + encoding.encode_ordinary(text), dtype=np.int32)
+    for number, text in enumerate(progress(texts, desc="encoding", leave=False)):
+        ids = np.array([encoding.eot_token] + encode(encoding, text), dtype=np.int32)
         windows = text_windows(ids, model.config.block_size)
         pairs += windows
         owners += [number] * len(windows)
@@ -334,8 +343,8 @@ def hellaswag_scores(model, encoding, rows):
     pairs, lengths, labels = [], [], []
     for row in rows:
         context, *endings = hellaswag_text(row)
-        context_ids = [encoding.eot_token] + encoding.encode_ordinary(context)
-        ending_ids = [encoding.encode_ordinary(" " + ending) for ending in endings]
+        context_ids = [encoding.eot_token] + encode(encoding, context)
+        ending_ids = [encode(encoding, " " + ending) for ending in endings]
         if max(map(len, ending_ids)) <= model.config.block_size:
             pairs += [(context_ids, ids) for ids in ending_ids]
             lengths += [max(1, len(ending)) for ending in endings]
@@ -357,8 +366,8 @@ def lambada_scores(model, encoding, rows):
     pairs = []
     for row in rows:
         context, _, word = row["text"].rstrip().rpartition(" ")
-        context_ids = [encoding.eot_token] + encoding.encode_ordinary(context)
-        word_ids = encoding.encode_ordinary(" " + word)
+        context_ids = [encoding.eot_token] + encode(encoding, context)
+        word_ids = encode(encoding, " " + word)
         if len(word_ids) <= model.config.block_size:
             pairs.append((context_ids, word_ids))
     scores = continuation_scores(model, pairs, "LAMBADA")
@@ -384,18 +393,6 @@ def wide(x):
 def products(x, y):
     """Sums of <x, y>, <x, x> and <y, y>, (3,): x, y (N, d) or (d,)."""
     return torch.stack([(x * y).sum(), (x * x).sum(), (y * y).sum()])
-
-
-def covariances(x, y):
-    """products of x and y about their means: x, y (N, d) -> (3,)."""
-    x, y = wide(x), wide(y)
-    return products(x - x.mean(0), y - y.mean(0))
-
-
-def explained(sums):
-    """Share of x's variance that the best multiple of y explains: covariances (..., 3) -> (...)."""
-    xy, xx, yy = sums.unbind(-1)
-    return xy.square() / (xx * yy).clamp_min(1e-30)
 
 
 @torch.no_grad()

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from data import progress
 from tools.labels import english_words, token_texts
-from tools.report import progress
 
 BINS = 256  # of scores, for AUC
 FEWEST = 30  # tokens with a label on either side, for it to count
@@ -132,7 +132,8 @@ def best_features(table, labels):
     positives = labels.sum(0)
     best = np.full(len(positives), -1.0)
     probes = [None] * len(positives)
-    for feature in progress(candidates(table, mean_differences(table, labels)), "best features"):
+    tried = candidates(table, mean_differences(table, labels))
+    for feature in progress(tried, desc="best features", leave=False):
         rows, values = table.feature(feature)
         for sign in (1, -1):
             side = sign * values > 0 if table.dense is None else slice(None)

@@ -1,47 +1,22 @@
 """
-What the tools print and write, one definition each: progress, tables as text, Markdown and CSV, and
-pictures as SVG, in light and dark.
+What the tools print and write, one definition each: tables as text, Markdown and CSV, and pictures
+as SVG, in light and dark; and their loop over batches.
 """
 import csv
 import io
-import sys
-import time
 from html import escape
 
 import numpy as np
-from tqdm import tqdm
 
-from data import write_text
+from data import progress, write_text
 
 # -----------------------------------------------------------------------------
-# progress
-
-LOG_SECONDS = 10  # between two lines where there is no terminal
-_said = time.monotonic()  # when the last line was printed
-
-
-def progress(items, label, total=None):
-    """
-    Yield items, with a bar on standard error if that is a terminal, and else a line now and then.
-
-    total: how many there are; len(items) by default. Lines come every LOG_SECONDS, whichever loop
-    it is that goes on.
-    """
-    global _said
-    total = len(items) if total is None else total
-    if sys.stderr.isatty():
-        yield from tqdm(items, desc=label, total=total, leave=False)
-        return
-    for done, item in enumerate(items, 1):
-        yield item
-        if time.monotonic() - _said >= LOG_SECONDS:
-            _said = time.monotonic()
-            print(f"{label}: {done:,} of {total:,}", file=sys.stderr, flush=True)
+# batches
 
 
 def batches(items, size, label):
     """Yield items[:size], items[size:2 * size], ... of a list or an array, with progress."""
-    for first in progress(range(0, len(items), size), label):
+    for first in progress(range(0, len(items), size), desc=label, unit="batch", leave=False):
         yield items[first:first + size]
 
 
