@@ -52,7 +52,7 @@ def test_parameters_and_states(levels):
     muon, adamw = account.muon_parameters(config), account.adamw_parameters(config)
     assert muon + adamw == sum(p.numel() for p in model.parameters())
     flops = 6 * model.get_num_params() + 12 * config.n_layer * config.n_embd * config.block_size
-    assert account.flops_per_token(config) == flops
+    assert model.flops_per_token() == flops
     optimizer = MuonAdamW(model, 1e-3, 1e-3)
     momentum = sum(m.numel() * 4 for m in optimizer.muon.momentum.values())
     assert account.muon_state_bytes(config, world_size=1) == momentum

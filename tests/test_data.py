@@ -1016,7 +1016,7 @@ def test_progress_in_a_log(options, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(data, "LOG_SECONDS", 0)
     assert list(progress(iter("abc"), unit="row", total=3, **options)) == ["a", "b", "c"]
-    with progress(total=3, unit="row", leave=True, **options) as bar:
+    with progress(total=3, unit="row", **options) as bar:
         bar.update(2)
     lines = capsys.readouterr().err.split("\n")
     assert lines.pop() == "" and "\r" not in "".join(lines)

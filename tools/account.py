@@ -1,5 +1,5 @@
 """
-A training step on paper: parameters, FLOPs and one rank's memory, from a model's configuration.
+A training step on paper: parameters and one rank's memory, from a model's configuration.
 
     python -m tools.account configs/demo.py --max_iters=2    # a run: its plan, without training
     python -m tools.account                    # the recipes of configs/: memory, what fits a card
@@ -22,7 +22,6 @@ import os
 import sys
 from configurator import configure
 from dataclasses import fields
-from typing import NamedTuple
 
 import torch
 
@@ -49,35 +48,7 @@ CARDS = (80, 40, 24)  # GB
 USABLE = 0.9  # of a card: the rest is for CUDA, NCCL and fragmentation
 
 # -----------------------------------------------------------------------------
-# devices
-
-
-class Device(NamedTuple):
-    """What a data sheet says of a device."""
-
-    flops: float  # a second, bf16 products with sums in fp32, dense
-    bandwidth: float  # of its memory, bytes a second
-
-
-DEVICES = {  # a part of its name, the more special part first
-    "A100-SXM4-40GB": Device(312e12, 1.555e12),
-    "A100": Device(312e12, 2.0e12),
-    "H100 PCIe": Device(756e12, 2.0e12),
-    "H100": Device(989e12, 3.35e12),
-    "H200": Device(989e12, 4.8e12),
-    "B200": Device(2250e12, 8.0e12),
-    "RTX 4090": Device(165e12, 1.008e12),
-}
-
-
-def find_device(name):
-    """The Device that torch.cuda.get_device_name() names; None if it isn't in the table."""
-    matches = [device for part, device in DEVICES.items() if part in name]
-    return matches[0] if matches else None
-
-
-# -----------------------------------------------------------------------------
-# parameters and FLOPs
+# parameters
 
 
 def layer_levels(config):
@@ -100,18 +71,6 @@ def adamw_parameters(config):
     embeddings = (config.vocab_size + config.block_size) * d
     norms = (2 * n_layer + 1) * d
     return embeddings + norms + n_layer * n_features(config)
-
-
-def flops_per_token(config):
-    """
-    Of the dense twin's forward and backward, the convention of MFU.
-
-    6 a parameter without positions and SAE biases, and 12 n_layer d T of attention.
-    """
-    positions = config.block_size * config.n_embd
-    counted = muon_parameters(config) + adamw_parameters(config) - positions
-    counted -= config.n_layer * n_features(config)
-    return 6 * counted + 12 * config.n_layer * config.n_embd * config.block_size
 
 
 # -----------------------------------------------------------------------------
@@ -293,7 +252,7 @@ def gpt_config(settings):
 
 def check_run(arguments):
     """
-    train_settings of a run that train.py would begin.
+    train_settings of a run that train.py would begin, and its GPT without memory.
 
     Raises ValueError also for a device of no known kind and for a model that can't be built.
     """
@@ -301,8 +260,7 @@ def check_run(arguments):
     if train["device"].split(":")[0] not in ("cuda", "mps"):  # which need not be here
         pick_device(train["device"])
     with torch.device("meta"):
-        GPT(gpt_config(train))
-    return train
+        return train, GPT(gpt_config(train))
 
 
 def describe_data(settings):
@@ -334,10 +292,10 @@ def show_schedule(train):
         print(f"iteration {it:,}: learning rates {muon:.3g} (Muon), {adamw:.3g} (AdamW)")
 
 
-def show_plan(train):
-    """Print what a run would be, and a rank's memory: train is train_settings'."""
+def show_plan(train, model):
+    """Print what a run would be, and a rank's memory, of check_run's results."""
     settings = train["config"]
-    config = gpt_config(settings)
+    config = model.config
     accumulation = settings["gradient_accumulation_steps"]
     # unless it is said, those of a machine of 8 that share the accumulation evenly
     ranks = int(os.environ.get("WORLD_SIZE", math.gcd(8, accumulation)))
@@ -350,7 +308,7 @@ def show_plan(train):
     print(f"data: {describe_data(settings)}")
     print(f"parameters: {muon + adamw:,}, of which Muon's {muon:,}")
     print(f"tokens: {iterations:,} iterations of {tokens:,} = {iterations * tokens:,}")
-    print(f"arithmetic: {flops_per_token(config) * iterations * tokens:.3g} FLOPs")
+    print(f"arithmetic: {model.flops_per_token() * iterations * tokens:.3g} FLOPs")
     show_schedule(train)
     print(f"memory of one of {ranks} GPUs in bf16, on paper (WORLD_SIZE=1 sets how many):")
     for name, size in memory_account(config, batch_size, ranks, compiled=compiled).items():
@@ -408,7 +366,7 @@ def show_recipes():
 
 def main():
     if any(not word.startswith("-") and word.endswith(".py") for word in sys.argv[1:]):
-        show_plan(check_run(sys.argv[1:]))
+        show_plan(*check_run(sys.argv[1:]))
     else:
         configure(globals(), at_least={"world_size": 1})
         show_recipes()

@@ -28,7 +28,7 @@ import cayley
 from cayley import CayleySAE
 from checkpoint import pick_device
 from data import progress, write_json
-from model import GPT, Block, GPTConfig
+from model import GPT, Block, GPTConfig, peak_flops
 from muon import MuonAdamW
 from tools import account
 from tools.report import aligned
@@ -121,7 +121,8 @@ def seconds(function):
 def interleaved(functions, repeats):
     """{name: median seconds}: every function in turn, repeats times, after a warm-up of each."""
     times = {name: [] for name in functions}
-    for name in progress(list(functions) * (repeats + 1), "measuring"):
+    turns = list(functions) * (repeats + 1)
+    for name in progress(turns, desc="measuring"):
         times[name].append(seconds(functions[name]))
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 
@@ -272,10 +273,11 @@ def step_row(sizes, levels, compiled, times):
     }
     if device != "cpu":
         row["peak GB"] = torch.cuda.max_memory_allocated() / 1e9
-        known = account.find_device(torch.cuda.get_device_name())
-        if known:
-            flops = row["fwd+bwd tok/s"] * account.flops_per_token(config)
-            row["MFU %"] = 100 * flops / known.flops
+        _, peak = peak_flops(torch.device(device))
+        if peak:
+            with torch.device("meta"):
+                flops = row["fwd+bwd tok/s"] * GPT(config).flops_per_token()
+            row["MFU %"] = 100 * flops / peak
     return row
 
 
@@ -377,6 +379,15 @@ def bench_sampling(sizes=None):
 # gpu: in bf16 autocast at the reference's sizes, in under 5 minutes. Needs a CUDA device but for
 # its tiny sizes, which run on a CPU in the tests.
 
+BANDWIDTHS = {  # of a memory, GB a second, by data sheet; a part of its device's name
+    "A100-SXM4-40GB": 1555,
+    "A100": 2000,
+    "H100 PCIe": 2000,
+    "H100": 3350,
+    "H200": 4800,
+    "B200": 8000,
+    "RTX 4090": 1008,
+}
 TIME_LIMIT = 200  # seconds, after which no further training step is begun
 
 
@@ -496,8 +507,9 @@ def bench_gpu():
     torch.set_float32_matmul_precision("high")  # as train.py
     sizes = fitting_sizes()
     bandwidth = measure_bandwidth(sizes.copied_bytes)
-    known = account.find_device(torch.cuda.get_device_name()) if device != "cpu" else None
-    sheet = f", {known.bandwidth / 1e9:,.0f} by its data sheet" if known else ""
+    name, _ = peak_flops(torch.device(device))
+    known = [gigabytes for part, gigabytes in BANDWIDTHS.items() if part in name]
+    sheet = f", {known[0]:,} by its data sheet" if known else ""
     print(f"\nmemory bandwidth: {bandwidth / 1e9:,.0f} GB/s by a copy{sheet}")
     deadline = start + TIME_LIMIT
     results = {

@@ -56,6 +56,7 @@ from data import (
     run_windows,
     write_json,
 )
+from model import covariances, explained
 from tools.report import batches, duration
 
 # settings, see configurator.py
@@ -293,7 +294,7 @@ def text_scores(model, encoding, texts):
     lengths = token_bytes(encoding)
     pairs, owners = [], []
     n_bytes, n_words = 0, 0
-    for number, text in enumerate(progress(texts, "encoding")):
+    for number, text in enumerate(progress(texts, desc="encoding")):
         ids = np.array([encoding.eot_token] + encode(encoding, text), dtype=np.int32)
         windows = text_windows(ids, model.config.block_size)
         pairs += windows
@@ -392,18 +393,6 @@ def wide(x):
 def products(x, y):
     """Sums of <x, y>, <x, x> and <y, y>, (3,): x, y (N, d) or (d,)."""
     return torch.stack([(x * y).sum(), (x * x).sum(), (y * y).sum()])
-
-
-def covariances(x, y):
-    """products of x and y about their means: x, y (N, d) -> (3,)."""
-    x, y = wide(x), wide(y)
-    return products(x - x.mean(0), y - y.mean(0))
-
-
-def explained(sums):
-    """Share of x's variance that the best multiple of y explains: covariances (..., 3) -> (...)."""
-    xy, xx, yy = sums.unbind(-1)
-    return xy.square() / (xx * yy).clamp_min(1e-30)
 
 
 @torch.no_grad()

@@ -398,7 +398,7 @@ def label_stream(ids, encoding):
     values = np.zeros((len(ids), len(names)), dtype=np.int8)
     ends = np.flatnonzero(ids == encoding.eot_token)
     documents = list(zip([0, *(ends + 1)], [*ends, len(ids)]))
-    for start, end in progress(documents, "labelling documents"):
+    for start, end in progress(documents, desc="labelling documents"):
         document = ids[start:end]
         if is_python:
             values[start:end] = python_labels(document.astype(np.uint8).tobytes())

@@ -132,7 +132,8 @@ def best_features(table, labels):
     positives = labels.sum(0)
     best = np.full(len(positives), -1.0)
     probes = [None] * len(positives)
-    for feature in progress(candidates(table, mean_differences(table, labels)), "best features"):
+    tried = candidates(table, mean_differences(table, labels))
+    for feature in progress(tried, desc="best features"):
         rows, values = table.feature(feature)
         for sign in (1, -1):
             side = sign * values > 0 if table.dense is None else slice(None)

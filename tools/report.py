@@ -1,6 +1,6 @@
 """
-What the tools print and write, one definition each: progress, tables as text, Markdown and CSV, and
-pictures as SVG, in light and dark.
+What the tools print and write, one definition each: tables as text, Markdown and CSV, and pictures
+as SVG, in light and dark; and their loop over batches.
 """
 import csv
 import io
@@ -11,12 +11,12 @@ import numpy as np
 from data import progress, write_text
 
 # -----------------------------------------------------------------------------
-# loops
+# batches
 
 
 def batches(items, size, label):
     """Yield items[:size], items[size:2 * size], ... of a list or an array, with progress."""
-    for first in progress(range(0, len(items), size), label):
+    for first in progress(range(0, len(items), size), desc=label, unit="batch"):
         yield items[first:first + size]
 
 

@@ -84,8 +84,8 @@ from torch.nn import functional as F
 from cayley import CayleySAE, Codes, plain_encode
 from checkpoint import build_model, check_archive, load_checkpoint, pick_device
 from data import atomic, get_tokenizer, lock, progress, run_windows, write_json, write_text
-from model import GPT
-from tools.evals import covariances, explained, mean_and_error
+from model import GPT, covariances, explained
+from tools.evals import mean_and_error
 from tools.labels import UNKNOWN, label_stream
 from tools.probing import (
     FEWEST,
@@ -623,7 +623,7 @@ def causal_scores(arm, stage, probes):
     table = encoded(arm, stage.site.x.flatten(0, 1).cpu())
     steered = {}
     steer, ablate = [], []
-    for label, probe in enumerate(progress(probes, f"steering, {arm.name}")):
+    for label, probe in enumerate(progress(probes, desc=f"steering, {arm.name}")):
         key = (probe.feature, probe.sign)
         if key not in steered:
             steered[key] = stage.steer(probe.sign * arm.atoms[probe.feature])
@@ -941,7 +941,7 @@ def read_rows(pair, data, layer, fitted, parts):
         "current token": [parts.get(f"layer {layer} current token", reader.token_row)],
         "always yes": [parts.get(f"layer {layer} always yes", reader.constant_row)],
     }
-    for name, seeded in progress(makers.items(), f"rows of layer {layer}"):
+    for name, seeded in progress(makers.items(), desc=f"rows of layer {layer}"):
         rows[name] = []
         for seed, make in enumerate(seeded):
             part = f"layer {layer} {name} seed {seed}"
@@ -1102,7 +1102,7 @@ def make_rows(per_pair, data):
     rows = []
     reference = {}
     names = sorted(per_pair[0], key=lambda key: (key[0], key[1] != REFERENCE))
-    for layer, name in progress(names, "intervals"):
+    for layer, name in progress(names, desc="intervals"):
         runs = [[row_numbers(result, weights, window_documents) for result in rows[layer, name]]
                 for rows in per_pair]
         if name == REFERENCE:
@@ -1276,7 +1276,7 @@ def verdict(card, layer):
             contests[outcome].append(f"{name} ({brief(format(number['difference'], '+.3f'))})")
     parts = [f"{outcome} in {', '.join(names)}" for outcome, names in contests.items() if names]
     losses = {loss["name"]: format(loss["minus_dense"], "+.3f") for loss in card["losses"]}
-    parts.append(f"loss less dense's {brief(losses['Cayley'])} with Cayley in every layer, "
+    parts.append(f"loss above dense's {brief(losses['Cayley'])} with Cayley in every layer, "
                  f"{brief(losses[f'dense, TopK SAE in layer {layer}'])} with the SAE in this one")
     return f"Layer {layer}, Cayley beside the {REFERENCE}: {'; '.join(parts)}."
 
@@ -1490,7 +1490,7 @@ def main():
     data = load_data(run_config)
     announce(pairs, data, at_layers)
     with lock(out_dir):
-        read = [read_pair(pair, data, at_layers) for pair in progress(pairs, "pairs")]
+        read = [read_pair(pair, data, at_layers) for pair in progress(pairs, desc="pairs")]
         card = {
             "header": header(pairs, data, at_layers),
             "settings": config,

@@ -169,7 +169,7 @@ def compare(settings, config, common, out_dir, seeds=1, jobs=1, script=TRAIN):
 
     curves = {name: [] for name in settings}
     with ThreadPoolExecutor(jobs) as pool:
-        finished = progress(pool.map(run_one, work), "runs", total=len(work))
+        finished = progress(pool.map(run_one, work), total=len(work), unit="run")
         for (name, _), curve in zip(work, finished):
             curves[name].append(curve)
     return curves

@@ -106,7 +106,7 @@ def fit_saes(saes, inputs, n_steps, lr):
     """
     optimizers = [torch.optim.Adam(sae.parameters(), lr=lr, eps=6.25e-10) for sae in saes]
     steps = zip(range(n_steps), inputs)
-    for step, of_saes in progress(steps, f"{len(saes)} SAEs", total=n_steps):
+    for step, of_saes in progress(steps, desc=f"{len(saes)} SAEs", total=n_steps):
         now = lr * min(1, (step + 1) / (0.05 * n_steps), (n_steps - step) / (0.2 * n_steps))
         for sae, optimizer, x in zip(saes, optimizers, of_saes):
             if step == 0:

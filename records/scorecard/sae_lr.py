@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from variants import fitted_sae, one_layer, read_command  # noqa: E402
 
 from checkpoint import pick_device  # noqa: E402
+from model import covariances, explained  # noqa: E402
 from tools import scorecard  # noqa: E402
-from tools.evals import covariances, explained  # noqa: E402
 
 
 def parse_choice(text):
