@@ -152,7 +152,7 @@ def progress(iterable=None, desc=None, **options):
     desc: what it is, shown before the numbers; options: tqdm's unit, total, initial, unit_scale.
     """
     kind = tqdm if sys.stderr.isatty() else LogLines
-    return kind(iterable, desc, leave=False, **options)
+    return kind(iterable, desc=desc, leave=False, **options)
 
 
 # -----------------------------------------------------------------------------
