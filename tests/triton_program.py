@@ -7,6 +7,7 @@ Triton is imported.
 Prints a line for each shape; raises AssertionError for a difference.
 """
 import copy
+import functools
 import math
 import os
 import sys
@@ -98,6 +99,58 @@ def check_half(n_embd, levels, n_tokens, dtype):
     torch.testing.assert_close(products, exact.to(dtype), atol=1e-4, rtol=2**-7)
 
 
+def check_launches():
+    """Another number of tokens a program: the same bits, here of sums that are exact."""
+    sae = random_sae(64, "6,4,0;9,5,16;12,7,32")
+    x = torch.randint(-8, 9, (7, 64)).float()
+    scale, shift = sae.standardization()
+    ids, products = cayley_triton.select(x, scale, shift, sae.plan)
+    chosen = cayley_triton._block_launch
+
+    def with_tokens(tokens, *arguments):
+        launch = chosen(*arguments)
+        constants = {**launch.constants, "tokens": tokens}
+        return launch._replace(constants=constants, tokens=tokens)
+
+    for tokens in (1, 2, 8):
+        cayley_triton._block_launch = functools.partial(with_tokens, tokens)
+        cayley_triton.level_launches.cache_clear()
+        again_ids, again = cayley_triton.select(x, scale, shift, sae.plan)
+        assert torch.equal(ids, again_ids) and torch.equal(products, again)
+    cayley_triton._block_launch = chosen
+    cayley_triton.level_launches.cache_clear()
+
+
+def check_many_equal():
+    """A search with many equal scores at its bound takes the first of them."""
+    sae = CayleySAE(256, "8,5,0").eval()
+    scale, shift = sae.standardization()
+    offset = shift.clone()
+    offset[7::3] = 2.0
+    offset[200] = 3.0
+    ids, _ = cayley_triton.select(torch.zeros(2, 256), scale, offset, sae.plan)
+    assert ids.tolist() == [[200, 7, 10, 13, 16]] * 2
+
+
+def check_not_finite():
+    """Whatever an input holds, ids are features: nothing reads beyond a table."""
+    sae = random_sae(64, "6,4,0;9,5,16;12,7,32")
+    scale, shift = sae.standardization()
+    x = torch.randn(4, 64)
+    x[0] = math.nan
+    x[1, 3] = math.inf
+    x[2] = -math.inf
+    for bad in (x, x.bfloat16()):
+        ids, _ = cayley_triton.select(bad, scale, shift, sae.plan)
+        start = 0
+        for level in sae.levels:
+            of_level = ids[:, start:start + level.k]
+            assert 0 <= of_level.min() and of_level.max() < 2**level.n
+            start += level.k
+        exact, _ = cayley.torch_select(x[3:], scale, shift, sae.plan)
+        assert bad is not x or torch.equal(ids[3:], exact)
+
+
 def check_ties():
     """Equal scores everywhere: of the open features the k of smallest id, in order, on any run."""
     sae = CayleySAE(64, "6,8,0;10,8,64").eval()
@@ -165,8 +218,13 @@ def main():
         for shape in (SHAPES[4], SHAPES[6]):
             check_half(*shape, dtype)
             print("half", *shape, dtype, flush=True)
+    check_launches()
+    print("launches", flush=True)
+    check_many_equal()
     check_ties()
     print("ties", flush=True)
+    check_not_finite()
+    print("not finite", flush=True)
     check_fallback()
     print("fallback", flush=True)
     check_comparison()
