@@ -216,7 +216,7 @@ class CayleyGPTForCausalLM(PreTrainedModel, GenerationMixin):
         for name, tensor in tensors:
             if getattr(tensor, "_is_hf_initialized", False):  # transformers 4 doesn't look itself
                 continue
-            if isinstance(module, CayleySAE) and name != "var":
+            if name == "bias" or isinstance(module, CayleySAE) and name != "var":
                 nn.init.zeros_(tensor)
             elif isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(tensor, std=std)
