@@ -13,7 +13,7 @@ def test_batches_are_everything_once_and_a_log_hears_of_them_now_and_then(monkey
     items = np.arange(10).reshape(5, 2)
     np.testing.assert_array_equal(np.concatenate(list(report.batches(items, 2, "reading"))), items)
     lines = capfd.readouterr().err.splitlines()
-    assert lines and all(line.startswith("reading: ") and "/3 [" in line for line in lines), lines
+    assert lines and all(line.startswith("reading ") and "/3 [" in line for line in lines), lines
     monkeypatch.setattr(data, "LOG_SECONDS", 3600)
     assert list(report.batches([1, 2, 3], 2, "reading")) == [[1, 2], [3]]
     assert capfd.readouterr().err == ""
