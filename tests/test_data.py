@@ -33,16 +33,8 @@ from conftest import ROOT, contents
 
 import data
 import prepare_fineweb
-from data import (
-    Windows,
-    encode,
-    get_tokenizer,
-    new_directory,
-    permute,
-    progress,
-    read_meta,
-    run_windows,
-)
+from data import Windows, encode, get_tokenizer, permute, progress, read_meta
+from tools.runs import new_directory, run_windows
 
 SHARED = ROOT.parent / "shared"
 DOCUMENTS = [

@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 from safetensors.torch import load_model as load_safetensors
 
 from checkpoint import load_model
-from data import get_tokenizer, run_windows
+from data import get_tokenizer
 from model import GPT, GPTConfig
 from tools import export
 from tools.export import saelens_tensors
 from tools.hf_folder import imported_modules, inlined_source, tokenizer_json, without_imports
+from tools.runs import run_windows
 
 
 def run_export(trained, export_format, out_dir, *settings):

@@ -59,7 +59,7 @@ import numpy as np
 import torch
 
 from checkpoint import load_model, pick_device
-from data import atomic, encode, get_tokenizer, progress, run_windows, write_json, write_text
+from data import atomic, encode, get_tokenizer, progress, write_json, write_text
 from tools.attribution import (
     CayleyFeatures,
     Coordinates,
@@ -78,6 +78,7 @@ from tools.attribution import (
     with_permuted,
 )
 from tools.circuit_graph import Node, make_graph, write_graph
+from tools.runs import run_windows
 from tools.tasks import IN_DOCUMENTS, TASKS, Example, as_contexts, make_contexts, tokenized
 from tools.topk_sae import TopKSAE, fit_saes
 

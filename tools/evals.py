@@ -47,17 +47,10 @@ from torch.nn import functional as F
 
 from cayley import Codes
 from checkpoint import load_model, pick_device
-from data import (
-    encode,
-    get_tokenizer,
-    progress,
-    read_json_lines,
-    read_text,
-    run_windows,
-    write_json,
-)
+from data import encode, get_tokenizer, progress, read_json_lines, read_text, write_json
 from model import covariances, explained
 from tools.report import batches, duration
+from tools.runs import run_windows
 
 # settings, see configurator.py
 ckpt = "out/ckpt.pt"  # or a directory with a ckpt.pt

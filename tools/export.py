@@ -42,19 +42,12 @@ import torch.nn as nn
 
 from cayley import CayleySAE, Codes
 from checkpoint import build_model, load_checkpoint
-from data import (
-    atomic,
-    get_tokenizer,
-    new_directory,
-    run_data_dir,
-    run_windows,
-    write_json,
-    write_text,
-)
+from data import atomic, get_tokenizer, write_json, write_text
 from tools import features
 from tools.evals import mean_and_error, window_losses
 from tools.hf_folder import MODELING, PADDING, TESTED, hf_configs, inlined_source, padding_id
 from tools.model_card import model_card, read_corpus, read_run, without_paths
+from tools.runs import new_directory, run_data_dir, run_windows
 
 # settings, see configurator.py
 ckpt = "out/ckpt.pt"  # or a directory with a ckpt.pt

@@ -56,9 +56,10 @@ import torch
 
 from cayley import Codes
 from checkpoint import build_model, load_checkpoint, pick_device
-from data import encode, get_tokenizer, lock, permute, progress, read_text, run_windows, write_text
+from data import encode, get_tokenizer, lock, permute, progress, read_text, write_text
 from model import KVCache
 from tools.evals import RARE, code_statistics, explained
+from tools.runs import run_windows
 
 # settings, see configurator.py
 ckpt = "out/ckpt.pt"  # or a directory with a ckpt.pt

@@ -83,7 +83,7 @@ from torch.nn import functional as F
 
 from cayley import CayleySAE, Codes, plain_encode
 from checkpoint import build_model, check_archive, load_checkpoint, pick_device
-from data import atomic, get_tokenizer, lock, progress, run_windows, write_json, write_text
+from data import atomic, get_tokenizer, lock, progress, write_json, write_text
 from model import GPT, covariances, explained
 from tools.evals import mean_and_error
 from tools.labels import UNKNOWN, label_stream
@@ -101,6 +101,7 @@ from tools.probing import (
     word_letters,
 )
 from tools.report import batches, duration, interval_chart, markdown, write_csv
+from tools.runs import run_windows
 from tools.topk_sae import TopKSAE, fit_saes
 
 # settings, see configurator.py
