@@ -449,7 +449,7 @@ def _block_launch(t, n, m, k, slots, first, dtype):
         "padded_slots": padded_slots,
         "heads": 2**head,
         "padded_heads": max(16, 2**head),
-        "step": min(128 if padded_chirps <= 32 else 64, max(16, 2**head)),
+        "step": min(128 if padded_chirps <= 32 else 32, max(16, 2**head)),
         "tails": 2 ** (t - head),
         "chirp_count": 2**chirp,
         "padded_chirps": padded_chirps,
