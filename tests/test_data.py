@@ -1004,6 +1004,7 @@ def test_missing_data_are_named_with_what_makes_them(tmp_path, monkeypatch):
 @pytest.mark.parametrize("options", [{"desc": "rows"}, {"unit_scale": True}])
 def test_progress_in_a_log(options, monkeypatch, capsys):
     """Plain lines now and then, and none of what is quickly done."""
+    monkeypatch.setattr(data.LogLines, "last_line", time.monotonic())
     assert list(progress(range(3), unit="row", **options)) == [0, 1, 2]
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(data, "LOG_SECONDS", 0)
