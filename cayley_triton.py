@@ -459,8 +459,8 @@ def _block_launch(t, n, m, k, slots, first, dtype):
         "inv_sqrt_d": 2 ** (-t / 2),
         "group": _group(slots, m, k, 2**chirp),
     }
-    # as few registers as don't spill: a multiprocessor holds 65,536 of them
-    registers = {16: 128, 32: 128, 64: 168}.get(padded_chirps, 255)
+    # as few registers as don't spill by Triton 3.6 to 3.9: a multiprocessor holds 65,536 of them
+    registers = 168 if padded_chirps <= 64 else 255
     return Launch(block_products, constants, tokens, 8 if size > 8192 else 4, registers)
 
 
