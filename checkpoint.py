@@ -13,11 +13,11 @@ import subprocess
 import sys
 import time
 import zipfile
-from configurator import say
 from dataclasses import asdict, fields
 
 import torch
 
+from configurator import say
 from data import atomic, write_json
 from model import GPT, GPTConfig
 

@@ -21,11 +21,6 @@ import re
 import sys
 import types
 
-# libgomp's threads, PyTorch's on a CPU, spin while they wait for each other: beside other processes
-# that costs up to 30 times the time. It reads this when PyTorch is loaded, so scripts import this
-# file before. records/bench has the measurements.
-os.environ.setdefault("GOMP_SPINCOUNT", "100000")
-
 NANOGPT = {  # names that its users will try
     "learning_rate": ("muon_lr", "adamw_lr"),
     "min_lr": ("muon_min_lr", "adamw_min_lr"),

@@ -29,11 +29,11 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from configurator import configure
 from typing import NamedTuple
 
 import numpy as np
 
+from configurator import configure
 from data import (
     TOKENIZERS,
     atomic,

@@ -18,7 +18,6 @@ import resource
 import signal
 import sys
 import time
-from configurator import configure, say
 from dataclasses import fields
 
 import torch
@@ -26,6 +25,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import Log, pick_device, resume, save, write_config
+from configurator import configure, say
 from data import Windows, lock
 from model import GPT, GPTConfig, covariances, explained, peak_flops
 from muon import MuonAdamW

@@ -5,7 +5,6 @@ A full disk loses nothing that could be kept and hides nothing that is lost.
 
 The disk is a small tmpfs, which takes root; without it these tests are skipped.
 """
-import configurator
 import contextlib
 import os
 import random
@@ -20,6 +19,7 @@ import torch
 from conftest import ENVIRONMENT, log_rows, make_data, run_training, train_command
 
 import checkpoint
+import configurator
 import data
 
 DISK_BYTES = 8 * 2**20  # some ten checkpoints of TINY

@@ -5,7 +5,6 @@ Nothing lost, nothing wrong: kill -9 at random moments, many ranks, long runs, r
 
 A few rounds of the campaign run in the suite. Full disks are in test_disk.py.
 """
-import configurator
 import math
 import os
 import random
@@ -28,6 +27,7 @@ from conftest import (
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import configurator
 from cayley import CayleySAE, all_label_bits
 from checkpoint import load_checkpoint
 from model import GPT, GPTConfig

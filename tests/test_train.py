@@ -1,5 +1,4 @@
 """train.py and sample.py as their users run them: training, resume, ranks, errors."""
-import configurator
 import json
 import os
 import signal
@@ -19,6 +18,7 @@ from conftest import (
     train_command,
 )
 
+import configurator
 from checkpoint import load_model
 from model import GPT, GPTConfig, covariances, explained
 from tools.account import train_settings

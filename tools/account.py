@@ -20,13 +20,13 @@ import bisect
 import math
 import os
 import sys
-from configurator import configure
 from dataclasses import fields
 
 import torch
 
 from cayley import CHUNK_BYTES, TABLE_BYTES, parse_levels
 from checkpoint import pick_device
+from configurator import configure
 from data import Windows
 from model import GPT, GPTConfig
 from tools.report import markdown, write_csv

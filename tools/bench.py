@@ -18,7 +18,6 @@ import math
 import platform
 import statistics
 import time
-from configurator import configure
 from typing import NamedTuple
 
 import torch
@@ -27,6 +26,7 @@ from torch.nn import functional as F
 import cayley
 from cayley import CayleySAE
 from checkpoint import pick_device
+from configurator import configure
 from data import progress, write_json
 from model import GPT, Block, GPTConfig, peak_flops
 from muon import MuonAdamW

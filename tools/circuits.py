@@ -52,13 +52,13 @@ import io
 import itertools
 import os
 import re
-from configurator import configure
 from html import escape
 
 import numpy as np
 import torch
 
 from checkpoint import load_model, pick_device
+from configurator import configure
 from data import atomic, encode, get_tokenizer, progress, write_json, write_text
 from tools.attribution import (
     CayleyFeatures,

@@ -38,7 +38,6 @@ import math
 import os
 import re
 import time
-from configurator import configure
 
 import numpy as np
 import torch
@@ -47,6 +46,7 @@ from torch.nn import functional as F
 
 from cayley import Codes
 from checkpoint import load_model, pick_device
+from configurator import configure
 from data import encode, get_tokenizer, progress, read_json_lines, read_text, write_json
 from model import covariances, explained
 from tools.report import batches, duration

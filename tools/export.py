@@ -34,7 +34,6 @@ if not __package__:
     raise SystemExit("from the repository's root: python -m tools.export")
 
 import os
-from configurator import configure
 
 import numpy as np
 import torch
@@ -42,6 +41,7 @@ import torch.nn as nn
 
 from cayley import CayleySAE, Codes
 from checkpoint import build_model, load_checkpoint
+from configurator import configure
 from data import atomic, get_tokenizer, write_json, write_text
 from tools import features
 from tools.evals import mean_and_error, window_losses

@@ -48,7 +48,6 @@ import shlex
 import shutil
 import sys
 import tempfile
-from configurator import configure
 from typing import NamedTuple
 
 import numpy as np
@@ -56,6 +55,7 @@ import torch
 
 from cayley import Codes
 from checkpoint import build_model, load_checkpoint, pick_device
+from configurator import configure
 from data import encode, get_tokenizer, lock, permute, progress, read_text, write_text
 from model import KVCache
 from tools.evals import RARE, code_statistics, explained

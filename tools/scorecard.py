@@ -72,7 +72,6 @@ import sys
 import textwrap
 import time
 import zipfile
-from configurator import configure
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -83,6 +82,7 @@ from torch.nn import functional as F
 
 from cayley import CayleySAE, Codes, plain_encode
 from checkpoint import build_model, check_archive, load_checkpoint, pick_device
+from configurator import configure
 from data import atomic, get_tokenizer, lock, progress, write_json, write_text
 from model import GPT, covariances, explained
 from tools.evals import mean_and_error

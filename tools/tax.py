@@ -20,10 +20,10 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from configurator import configure
 
 import numpy as np
 
+from configurator import configure
 from data import progress, write_text
 from tools import account
 from tools.report import line_chart, markdown, write_csv

@@ -21,10 +21,9 @@ from torch.nn import functional as F
 # Python puts a script's own directory on sys.path; model.py and the others are two above
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 
-from configurator import configure
-
 import model
 from cayley import CayleySAE, Codes, Record, labels, open_features, select
+from configurator import configure
 from tools import tax
 
 # settings, see configurator.py

@@ -17,7 +17,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from configurator import configure  # noqa: E402  the path comes first
-
 from data import Windows, atomic  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 

@@ -21,8 +21,6 @@ from pathlib import Path
 # a script here can't see the repository's top otherwise
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from configurator import configure
-
 import torch
 import triton
 import triton.backends.nvidia
@@ -33,6 +31,7 @@ from triton.compiler import ASTSource
 import cayley
 import cayley_triton
 from cayley_triton import Launch
+from configurator import configure
 from data import write_text
 
 # settings, see configurator.py

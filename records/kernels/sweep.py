@@ -22,11 +22,10 @@ from pathlib import Path
 # a script here can't see the repository's top otherwise
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from configurator import configure
-
 import torch
 import triton
 
+from configurator import configure
 from data import write_text
 
 # settings, see configurator.py

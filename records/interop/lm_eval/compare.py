@@ -9,9 +9,9 @@ each task, how many decisions agree and the largest difference of a log-probabil
 import glob
 import json
 import os
-from configurator import configure
 
 from checkpoint import load_model
+from configurator import configure
 from data import encode, get_tokenizer, read_json_lines
 from tools import evals
 
