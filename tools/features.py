@@ -307,19 +307,19 @@ def neighbours(reader, other, active, n_tokens):
     which both are active, correlation], most alike first.
     """
     ids = other.ids.reshape(n_tokens, -1)  # a copy, in memory
-    shares = other.counts / n_tokens
-    deviations = np.sqrt(shares * (1 - shares)).clip(1e-12)
     for feature, tokens in enumerate(active):
         both = np.bincount(ids.take(tokens, 0).ravel(), minlength=other.size)
-        share = len(tokens) / n_tokens
-        deviation = max(math.sqrt(share * (1 - share)), 1e-12)
-        correlation = (both / n_tokens - share * shares) / deviations / deviation
         if other is reader:
-            correlation[feature] = 0
-        best = np.argpartition(-correlation, N_NEAR)[:N_NEAR]
-        best = best[np.argsort(-correlation[best], kind="stable")]
-        best = best[correlation[best] > 0]
-        yield [[other.level, int(i), int(both[i]), round(float(correlation[i]), 3)] for i in best]
+            both[feature] = 0
+        found = np.flatnonzero(both)  # no other correlation is positive
+        both = both[found]
+        shares = other.counts[found] / n_tokens
+        share = len(tokens) / n_tokens
+        variances = shares * (1 - shares) * share * (1 - share)
+        correlation = (both / n_tokens - share * shares) / np.sqrt(variances.clip(1e-24))
+        best = np.argsort(-correlation)[:N_NEAR]
+        yield [[other.level, int(found[i]), int(both[i]), round(float(correlation[i]), 3)]
+               for i in best if correlation[i] > 0]
 
 
 # -----------------------------------------------------------------------------
