@@ -5,7 +5,7 @@ Turns text into token bins: uint16 files without a header, as nanoGPT's, beside 
     python prepare_fineweb.py --source='my/*.jsonl' --out_dir=data/my
     python prepare_fineweb.py --source='lib/**/*.py' --tokenizer=bytes --out_dir=data/code
     python prepare_fineweb.py --source=python --tokenizer=bytes --out_dir=data/python   # offline
-    python prepare_fineweb.py --shard=0/4 --out_dir=data/part0  # this machine's quarter, see README
+    python prepare_fineweb.py --shard=0/4 --out_dir=data/part0  # this machine's quarter
     python prepare_fineweb.py --verify=data/fineweb_edu         # check every shard's checksum
 
 A row of a .jsonl or .parquet file is a document, its field "text"; any other file is one document.
