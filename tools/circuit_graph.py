@@ -24,6 +24,7 @@ from data import write_json, write_text
 N_EDGES = 12  # into a node, the largest
 N_PATHS = 4  # that an edge names
 N_RAISED = 3  # tokens that a caption names
+LIKELY = 1e-4  # the mean probability over the prompt of a token that a caption may name
 
 
 class Node(NamedTuple):
@@ -39,6 +40,7 @@ class Trace(NamedTuple):
     mlps: list  # per layer the scale (T, d) of its second norm
     last: Tensor  # the scale (T, d) of the final norm
     patterns: list  # per layer (H, T, T), of queries and keys
+    likely: Tensor  # the mean probabilities (V,) of the next tokens
 
 
 def attention_pattern(attn, x):
@@ -65,14 +67,14 @@ def trace(model, idx):
         norms += [block.ln_1, block.ln_2]
     handles = [norm.register_forward_hook(keep) for norm in norms]
     try:
-        model(idx, n_logits=0)
+        logits, _ = model(idx, n_logits=0)
     finally:
         for handle in handles:
             handle.remove()
     patterns = [attention_pattern(block.attn, outputs[block.ln_1]) for block in model.blocks]
     heads = [scales[block.ln_1] for block in model.blocks]
     mlps = [scales[block.ln_2] for block in model.blocks]
-    return Trace(heads, mlps, scales[model.ln_f], patterns)
+    return Trace(heads, mlps, scales[model.ln_f], patterns, logits[0].softmax(-1).mean(0))
 
 
 def head_writes(attn, x):
@@ -213,21 +215,22 @@ def viewer_node(node, kind, **more):
     }
 
 
-def raised(model, write, encoding):
-    """The tokens whose logits what a node writes raises most, by the way straight to them."""
-    with torch.no_grad():
-        logits = model.lm_head.weight[:encoding.n_vocab] @ (write * model.ln_f.weight)
+@torch.no_grad()
+def raised(model, write, likely, encoding):
+    """The likely tokens whose logits a node raises most by the way straight to them."""
+    logits = model.lm_head.weight @ (write * model.ln_f.weight)
+    logits = logits.masked_fill(likely < LIKELY, -math.inf)[:encoding.n_vocab]
     return [encoding.decode([i]) for i in logits.topk(N_RAISED).indices.tolist()]
 
 
-def feature_nodes(dictionary, nodes, writes, scores, clean, held, encoding):
+def feature_nodes(dictionary, nodes, writes, scores, clean, held, likely, encoding):
     """The features' nodes for the viewer, in the order of their scores (U,)."""
     shares = scores.abs().cumsum(0) / scores.abs().sum()
     found = []
     for rank, (node, write) in enumerate(zip(nodes, writes)):
         layer, position, feature = node
         level, number = feature_name(dictionary.model.saes()[layer], feature)
-        tokens = " ".join(map(repr, raised(dictionary.model, write, encoding)))
+        tokens = " ".join(map(repr, raised(dictionary.model, write, likely, encoding)))
         paired = layer + feature  # viewers know a feature by Cantor's number of layer and feature
         found.append(viewer_node(
             node,
@@ -260,7 +263,7 @@ def make_graph(dictionary, contexts, clean, held, nodes, scores, encoding, proba
     effects = direct_effects(model, traced, [*embeddings, *nodes], torch.cat([sources, writes]),
                              [*nodes, answer], readings)
     token = encoding.decode([answer.feature])
-    shown = feature_nodes(dictionary, nodes, writes, scores, clean, held, encoding)
+    shown = feature_nodes(dictionary, nodes, writes, scores, clean, held, traced.likely, encoding)
     shown += [viewer_node(node, "embedding", feature=node.position,
                           clerp=encoding.decode([node.feature])) for node in embeddings]
     shown.append(viewer_node(answer, "logit", token_prob=probability,

@@ -388,6 +388,7 @@ def csv_rows(result):
             if not isinstance(values[0], list):
                 sizes, values = [""], [[value] for value in values]
             for size, *cells in zip(sizes, *values):
+                cells = [round(cell, 5) for cell in cells]
                 rows.append([result["task"], row["name"], name, size, *cells])
     return rows
 
@@ -563,8 +564,7 @@ def run_tasks(target):
             continue
         print("\n".join(table(results[-1])) + "\n", flush=True)
     os.makedirs(out_dir, exist_ok=True)
-    settings = {key: globals()[key] for key in ("ckpt", "dense", "saes", "ablation", "n_contexts",
-                                                "context_tokens")}
+    settings = {key: globals()[key] for key in ("ablation", "n_contexts", "context_tokens")}
     write_json(os.path.join(out_dir, "circuits.json"), {"settings": settings, "tasks": results})
     text = io.StringIO(newline="")
     writer = csv.writer(text)
