@@ -66,7 +66,7 @@ ckpt = "out/ckpt.pt"  # or a directory with a ckpt.pt
 data_dir = ""  # directory of bins; "": the run's data_dir
 split = "train"
 out_dir = "features"  # a new directory, or that of an interrupted run
-tokens = 500_000  # of the data, at most
+tokens = 400_000  # of the data, at most
 text = ""  # a file that gets a page with its active features
 text_tokens = 20_000  # of that file, at most
 labels = ""  # a JSON file with labels by hand, {"layer.level.feature": "text"}
@@ -83,7 +83,7 @@ N_MOVED = 40  # of the histogram of effects
 N_NEAR = 6  # features of each level that are told as nearest to one
 CHUNK = 128  # features in a file
 WINDOWS_FILE = 16_384  # tokens of the data in a file
-MEASURED_READ = 100_000  # tokens of the data, among which features are steered
+MEASURED_READ = 50_000  # tokens of the data, among which features are steered
 MEASURED_TOKENS = 256  # of them in expectation, for each measured feature
 ROWS = 2048  # of them at once
 SEEN = 10  # times a token is in the data, to be told as raised or lowered
@@ -307,19 +307,19 @@ def neighbours(reader, other, active, n_tokens):
     which both are active, correlation], most alike first.
     """
     ids = other.ids.reshape(n_tokens, -1)  # a copy, in memory
-    shares = other.counts / n_tokens
-    deviations = np.sqrt(shares * (1 - shares)).clip(1e-12)
     for feature, tokens in enumerate(active):
         both = np.bincount(ids.take(tokens, 0).ravel(), minlength=other.size)
-        share = len(tokens) / n_tokens
-        deviation = max(math.sqrt(share * (1 - share)), 1e-12)
-        correlation = (both / n_tokens - share * shares) / deviations / deviation
         if other is reader:
-            correlation[feature] = 0
-        best = np.argpartition(-correlation, N_NEAR)[:N_NEAR]
-        best = best[np.argsort(-correlation[best], kind="stable")]
-        best = best[correlation[best] > 0]
-        yield [[other.level, int(i), int(both[i]), round(float(correlation[i]), 3)] for i in best]
+            both[feature] = 0
+        found = np.flatnonzero(both)  # no other correlation is positive
+        both = both[found]
+        shares = other.counts[found] / n_tokens
+        share = len(tokens) / n_tokens
+        variances = shares * (1 - shares) * share * (1 - share)
+        correlation = (both / n_tokens - share * shares) / np.sqrt(variances.clip(1e-24))
+        best = np.argsort(-correlation)[:N_NEAR]
+        yield [[other.level, int(found[i]), int(both[i]), round(float(correlation[i]), 3)]
+               for i in best if correlation[i] > 0]
 
 
 # -----------------------------------------------------------------------------
