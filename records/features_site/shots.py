@@ -20,11 +20,11 @@ from browser import Browser  # noqa: E402  the paths come first
 from tools.features import save, saved  # noqa: E402
 
 SHOTS = {  # name: (address, color scheme, width, height)
-    "text": ("#/text/0+3/259/0.1.526", "light", 1200, 820),
-    "text_phone_dark": ("#/text/0/259/0.1.526", "dark", 390, 844),
+    "text": ("#/text/0+3/302/0.1.265", "light", 1200, 820),
+    "text_phone_dark": ("#/text/0/302/0.1.265", "dark", 390, 844),
     "front": ("#/", "light", 1200, 920),
     "front_phone": ("#/", "light", 390, 844),
-    "feature": ("#/0/1/526", "light", 1200, 1690),
+    "feature": ("#/0/1/265", "light", 1200, 1690),
     "feature_dark": ("#/2/0/47", "dark", 1200, 1730),
     "table_dark": ("#/2/1", "dark", 1200, 700),
     "search": ("#/search/in%20self", "light", 1200, 600),
