@@ -351,6 +351,24 @@ class GPT(nn.Module):
         # with a gradient, torch.compile's backward would add zeros of their size to the loss's
         return logits.detach(), loss
 
+    @torch.no_grad()
+    def explained(self, idx):
+        """
+        idx (B, T) -> share of the variance of each MLP's input that its code explains, (n_layer,).
+
+        By the model in evaluation mode; see the function explained.
+        """
+        was_training = self.training
+        self.eval()
+        with self.recording() as records:
+            self(idx)
+        self.train(was_training)
+        shares = []
+        for sae, (record,) in zip(self.saes(), records):
+            code = sae.decode(record.codes)  # (B, T, C)
+            shares.append(explained(covariances(record.x.flatten(0, 1), code.flatten(0, 1))))
+        return torch.stack(shares)
+
     def first_nonfinite(self, idx, targets):
         """
         Name of the first module whose output, else of the last parameter whose gradient, isn't

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from checkpoint import Log, pick_device, resume, save, write_config
 from configurator import configure, say
 from data import Windows, lock
-from model import GPT, GPTConfig, covariances, explained, peak_flops
+from model import GPT, GPTConfig, peak_flops
 from muon import MuonAdamW
 
 # -----------------------------------------------------------------------------
@@ -296,24 +296,19 @@ def sae_health():
     State of the sparse codes, for log.csv.
 
     dead_<level>: features without an activation since the last call, summed over layers.
-    explained: of a batch of validation windows, mean over layers, see model.explained.
+    explained: of a batch of validation windows, mean over layers, see GPT.explained.
     """
     if not saes:
         return {}
     # the same windows on every rank: the numbers don't depend on how many there are
     idx, _ = to_device(val_windows.shuffled(0, min(batch_size, len(val_windows)), seed=0))
-    shares = []
-    with autocast, raw_model.recording() as records:
-        raw_model.eval()(idx)
-        for sae, (record,) in zip(saes, records):
-            code = sae.decode(record.codes)  # (B, T, d)
-            shares.append(explained(covariances(record.x.flatten(0, 1), code.flatten(0, 1))))
-    raw_model.train()
+    with autocast:
+        shares = raw_model.explained(idx)
     health = {}
     for level, where in enumerate(saes[0].level_slices):
         dead = sum((sae.active_counts[where] == 0).sum() for sae in saes)
         health[f"dead_{level}"] = dead.item()
-    health["explained"] = torch.stack(shares).mean().item()
+    health["explained"] = shares.mean().item()
     for sae in saes:
         sae.active_counts.zero_()
         if sae.skipped_updates > 0:

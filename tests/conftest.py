@@ -3,6 +3,7 @@ import csv
 import multiprocessing
 import os
 import runpy
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from browser import Browser
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # for test files that are run as scripts
@@ -161,3 +163,31 @@ def trained(data_dir, tmp_path_factory):
     result = run_training(data_dir, out_dir)
     assert result.returncode == 0, result.stderr
     return out_dir
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium; tests that want one are skipped without."""
+    if not shutil.which("chromedriver"):
+        pytest.skip("chromedriver is not here: apt-get install chromium-driver")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        browser = Browser(profile)
+        yield browser
+        browser.close()
+
+
+def interrupted_stream(model, prompt, edit):
+    """24 greedy tokens (1, 24): six each plain, edited in layer 0, recorded, and with a hook."""
+    stream = model.stream(prompt, 24, temperature=0)
+    tokens = [next(stream) for _ in range(6)]
+    model.saes()[0].edits.append(edit)
+    tokens += [next(stream) for _ in range(6)]
+    model.saes()[0].edits.clear()
+    with model.recording() as records:
+        tokens += [next(stream) for _ in range(6)]
+    seen = []
+    hook = model.register_forward_hook(lambda *_: seen.append(1))
+    tokens += [next(stream) for _ in range(6)]
+    hook.remove()
+    assert len(records[0]) == len(seen) == 6
+    return torch.cat(tokens, 1)

@@ -3,15 +3,12 @@ circuits.py: planted circuits are found, scores are finite differences, interven
 what they say, and the graph and its page tell what the model does. tasks.py: its rules, by example.
 """
 import json
-import shutil
-import tempfile
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
-from browser import Browser
 from conftest import run_script
 
 from data import Windows, get_tokenizer
@@ -549,16 +546,6 @@ def test_the_page_stands_alone(site):
     assert content["predictions"][-1]["faithfulness"] == 1
     addresses = page.replace("http://www.w3.org/2000/svg", "")
     assert "http" not in addresses.replace(json.dumps(content["graph"]["metadata"]["prompt"]), "")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if not shutil.which("chromedriver"):
-        pytest.skip("chromedriver is not here: apt-get install chromium-driver")
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        browser = Browser(profile)
-        yield browser
-        browser.close()
 
 
 def test_the_page_in_a_browser(browser, site):

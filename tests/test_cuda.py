@@ -16,6 +16,7 @@ from conftest import (
     ROOT,
     TINY,
     arguments,
+    interrupted_stream,
     largest_difference,
     log_rows,
     train_command,
@@ -214,19 +215,7 @@ def test_edits_records_and_hooks_may_begin_between_tokens(runs, directory, monke
     texts = []
     for devices in ((), (DEVICE,)):
         monkeypatch.setattr(model_module, "STATIC_DEVICES", devices)
-        stream = model.stream(prompt, 24, temperature=0)
-        tokens = [next(stream) for _ in range(6)]
-        model.saes()[0].edits.append((0, 3, 1, 100.0))
-        tokens += [next(stream) for _ in range(6)]
-        model.saes()[0].edits.clear()
-        with model.recording() as records:
-            tokens += [next(stream) for _ in range(6)]
-        seen = []
-        hook = model.register_forward_hook(lambda *_, seen=seen: seen.append(1))
-        tokens += [next(stream) for _ in range(6)]
-        hook.remove()
-        assert len(records[0]) == len(seen) == 6
-        texts.append(torch.cat(tokens, 1))
+        texts.append(interrupted_stream(model, prompt, (0, 3, 1, 100.0)))
     assert torch.equal(*texts)
 
 

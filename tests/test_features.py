@@ -4,13 +4,11 @@ import os
 import re
 import shlex
 import shutil
-import tempfile
 from urllib.parse import unquote
 
 import numpy as np
 import pytest
 import torch
-from browser import Browser
 from conftest import ROOT, arguments, run_here, run_script
 
 from data import get_tokenizer
@@ -296,16 +294,6 @@ def site(trained, data_dir, tmp_path_factory):
     assert sorted(os.listdir(directory / "site")) == ["data", "index.html"]
     assert f"its first {len(TEXT.encode())} of {len(TEXT.encode()) + 8} tokens" in result.stdout
     return directory / "site"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if not shutil.which("chromedriver"):
-        pytest.skip("chromedriver is not here: apt-get install chromium-driver")
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        browser = Browser(profile)
-        yield browser
-        browser.close()
 
 
 def test_the_site_in_a_browser(browser, site):

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from conftest import interrupted_stream
 
 import model as model_module
 from checkpoint import load_checkpoint
@@ -143,19 +144,7 @@ def test_edits_records_and_hooks_may_begin_between_tokens(monkeypatch):
     texts = []
     for devices in ((), ("cpu",)):
         monkeypatch.setattr(model_module, "STATIC_DEVICES", devices)
-        stream = model.stream(prompt, 24, temperature=0)
-        tokens = [next(stream) for _ in range(6)]
-        model.blocks[0].sae.edits.append((1, 3, 1, 40.0))
-        tokens += [next(stream) for _ in range(6)]
-        model.blocks[0].sae.edits.clear()
-        with model.recording() as records:
-            tokens += [next(stream) for _ in range(6)]
-        seen = []
-        hook = model.register_forward_hook(lambda *_, seen=seen: seen.append(1))
-        tokens += [next(stream) for _ in range(6)]
-        hook.remove()
-        assert len(records[0]) == len(seen) == 6
-        texts.append(torch.cat(tokens, 1))
+        texts.append(interrupted_stream(model, prompt, (1, 3, 1, 40.0)))
     assert torch.equal(*texts)
     plain = model.generate(prompt, 24, temperature=0)[:, 4:]
     assert torch.equal(plain[:, :6], texts[0][:, :6]) and not torch.equal(plain, texts[0])

@@ -46,13 +46,11 @@ Intervals are 95%, from 1,000 resamples of the contexts.
 if not __package__:
     raise SystemExit("from the repository's root: python -m tools.circuits")
 
-import csv
 import functools
 import io
 import itertools
 import os
 import re
-from html import escape
 
 import numpy as np
 import torch
@@ -78,6 +76,7 @@ from tools.attribution import (
     with_permuted,
 )
 from tools.circuit_graph import Node, make_graph, write_graph
+from tools.report import svg, svg_line, svg_text, write_csv
 from tools.runs import run_windows
 from tools.tasks import IN_DOCUMENTS, TASKS, Example, as_contexts, make_contexts, tokenized
 from tools.topk_sae import TopKSAE, fit_saes
@@ -393,10 +392,6 @@ def csv_rows(result):
     return rows
 
 
-STYLE = (
-    "text{fill:#222}svg{background:#fff}.grid{stroke:#8884}polyline{fill:none;stroke-width:2}"
-    "@media(prefers-color-scheme:dark){text{fill:#ddd}svg{background:#111}}"
-)
 COLOURS = ("#d60", "#36c", "#0a7", "#a3a", "#777", "#b80", "#c33")
 LEFT, TOP, WIDTH, HEIGHT, GAP = 40, 40, 300, 220, 50  # of a panel, in pixels
 
@@ -407,20 +402,20 @@ def panel(result, start, colours):
         return [f"{start + WIDTH * i / (len(SIZES) - 1):.1f},{height_of(share):.1f}"
                 for i, share in enumerate(shares)]
 
-    parts = [f'<text x="{start}" y="18">{escape(result["task"])}: faithfulness</text>']
+    parts = [svg_text(start, 18, f"{result['task']}: faithfulness")]
     for share in (0, 0.5, 1):
         y = height_of(share)
-        parts += [f'<line class="grid" x1="{start}" x2="{start + WIDTH}" y1="{y}" y2="{y}"/>',
-                  f'<text x="{start - 6}" y="{y + 4}" text-anchor="end">{share}</text>']
+        parts += [svg_line(start, y, start + WIDTH, y),
+                  svg_text(start - 6, y + 4, str(share), "end")]
     for i, size in enumerate(SIZES):
         x = start + WIDTH * i / (len(SIZES) - 1)
-        parts.append(f'<text x="{x}" y="{TOP + HEIGHT + 34}" text-anchor="middle">{size}</text>')
+        parts.append(svg_text(x, TOP + HEIGHT + 34, str(size), "middle"))
     for row in result["rows"]:
         best, colour = row["best"], colours[row["name"]]
         outline = " ".join(points(best["high"]) + points(best["low"])[::-1])
         middle = " ".join(points(best["value"]))
         parts += [f'<polygon points="{outline}" fill="{colour}" opacity=".15"/>',
-                  f'<polyline points="{middle}" stroke="{colour}"/>']
+                  f'<polyline points="{middle}" fill="none" stroke="{colour}" stroke-width="2"/>']
     return parts
 
 
@@ -434,15 +429,13 @@ def chart(results):
     names = list(dict.fromkeys(row["name"] for result in results for row in result["rows"]))
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
     width = LEFT + len(results) * (WIDTH + GAP)
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="12" '
-             f'viewBox="0 0 {width} {TOP + HEIGHT + 50 + 18 * len(names)}">',
-             f"<style>{STYLE}</style>"]
+    parts = []
     for i, result in enumerate(results):
         parts += panel(result, LEFT + i * (WIDTH + GAP), colours)
     for i, (name, colour) in enumerate(colours.items()):
         y = TOP + HEIGHT + 58 + 18 * i
-        parts.append(f'<text x="{LEFT}" y="{y}" style="fill:{colour}">{escape(name)}</text>')
-    return "\n".join(parts + ["</svg>"])
+        parts.append(svg_text(LEFT, y, name, colour=colour))
+    return svg(width, TOP + HEIGHT + 50 + 18 * len(names), parts)
 
 
 # -----------------------------------------------------------------------------
@@ -566,12 +559,8 @@ def run_tasks(target):
     os.makedirs(out_dir, exist_ok=True)
     settings = {key: globals()[key] for key in ("ablation", "n_contexts", "context_tokens")}
     write_json(os.path.join(out_dir, "circuits.json"), {"settings": settings, "tasks": results})
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(CSV_COLUMNS)
-    for result in results:
-        writer.writerows(csv_rows(result))
-    write_text(os.path.join(out_dir, "circuits.csv"), text.getvalue())
+    rows = [row for result in results for row in csv_rows(result)]
+    write_csv(os.path.join(out_dir, "circuits.csv"), CSV_COLUMNS, rows)
     write_text(os.path.join(out_dir, "circuits.svg"), chart(results))
 
 

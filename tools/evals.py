@@ -48,7 +48,7 @@ from cayley import Codes
 from checkpoint import load_model, pick_device
 from configurator import configure
 from data import encode, get_tokenizer, progress, read_json_lines, read_text, write_json
-from model import covariances, explained
+from model import explained
 from tools.report import batches, duration
 from tools.runs import run_windows
 
@@ -386,28 +386,6 @@ def wide(x):
 def products(x, y):
     """Sums of <x, y>, <x, x> and <y, y>, (3,): x, y (N, d) or (d,)."""
     return torch.stack([(x * y).sum(), (x * x).sum(), (y * y).sum()])
-
-
-@torch.no_grad()
-def code_statistics(model, idx):
-    """
-    State of every layer's codes for idx (B, T), in evaluation mode: (layers, 3 + levels).
-
-    Each row has the covariances of the MLP's input and its code, and each level's mean number of
-    active features.
-    """
-    was_training = model.training
-    model.eval()
-    with model.recording() as records:
-        model(idx)
-    model.train(was_training)
-    rows = []
-    for sae, (record,) in zip(model.saes(), records):
-        decoded = sae.decode(record.codes)  # (B, T, d)
-        sums = covariances(record.x.flatten(0, 1), decoded.flatten(0, 1))
-        active = [(c.values != 0).sum() / c.values[..., 0].numel() for c in record.codes]
-        rows.append(torch.cat([sums, torch.stack(active)]))
-    return torch.stack(rows)
 
 
 class LayerSums:

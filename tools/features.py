@@ -58,7 +58,8 @@ from checkpoint import build_model, load_checkpoint, pick_device
 from configurator import configure
 from data import encode, get_tokenizer, lock, permute, progress, read_text, write_text
 from model import KVCache
-from tools.evals import RARE, code_statistics, explained
+from tools.evals import RARE
+from tools.report import batches
 from tools.runs import run_windows
 
 # settings, see configurator.py
@@ -140,13 +141,6 @@ def read_batch(model, windows):
     return records
 
 
-def batches(windows, label, done=0):
-    """Windows (M, T) from number done on, in batches, with a progress bar."""
-    numbers = range(done, len(windows), batch_size)
-    for first in progress(numbers, label, unit="batch"):
-        yield windows[first:first + batch_size]
-
-
 def read_codes(model, windows, file):
     """
     The records (M,) of windows (M, T), in a binary file, mapped to memory.
@@ -158,7 +152,7 @@ def read_codes(model, windows, file):
     file.truncate(done * kind.itemsize)  # the last record may not be whole
     if done:
         print(f"{done:,} of {len(windows):,} windows are read already")
-    for batch in batches(windows, "reading", done):
+    for batch in batches(windows[done:], batch_size, "reading"):
         file.write(read_batch(model, batch).tobytes())
         file.flush()
     return np.memmap(file, dtype=kind, mode="r")
@@ -603,7 +597,7 @@ def measure(model, windows, readers, n_vocab):
         n_layers = len(readers) - reader.layer
         reader.effects = Effects(features, chances, reader.size, n_layers, n_vocab, device)
     generator = torch.Generator(device).manual_seed(0)
-    for batch in batches(windows, "measuring"):
+    for batch in batches(windows, batch_size, "measuring"):
         base = forward(model, torch.from_numpy(batch).to(device))
         for reader in every_reader:
             measure_level(model, reader, base, generator)
@@ -869,7 +863,7 @@ def card(checkpoint, model, reading):
     n_features = sum(reader.size for reader in readers)
     dead = sum(int((reader.counts == 0).sum()) for reader in readers)
     idx = torch.from_numpy(reading.windows[:batch_size]).to(model.wte.weight.device)
-    share = explained(code_statistics(model, idx)[:, :3]).mean().item()
+    share = model.explained(idx).mean().item()
     loss = checkpoint.get("best_val_loss")
     trained = checkpoint.get("windows_read")
     return [
