@@ -165,6 +165,15 @@ def trained(data_dir, tmp_path_factory):
     return out_dir
 
 
+@pytest.fixture(scope="session")
+def twin(data_dir, tmp_path_factory):
+    """The out_dir of the dense twin of trained."""
+    out_dir = tmp_path_factory.mktemp("twin") / "run"
+    result = run_training(data_dir, out_dir, cayley_levels="")
+    assert result.returncode == 0, result.stderr
+    return out_dir
+
+
 @pytest.fixture(scope="module")
 def browser():
     """A headless Chromium; tests that want one are skipped without."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import run_script
 
-from data import Windows, get_tokenizer
+from data import get_tokenizer
 from model import GPT, GPTConfig
 from tools import attribution, circuit_graph, circuits, tasks
 from tools.attribution import CayleyFeatures, Coordinates, Neurons, SAEFeatures
@@ -459,29 +459,6 @@ def test_a_task_in_numbers(how, monkeypatch):
     monkeypatch.setattr(circuits, "LEAST_ACCURACY", 1.1)
     result = circuits.run_task("fstring_brace", rows, [], ENCODING, "cpu")
     assert not result["rows"] and "left out" in circuits.table(result)[-1]
-
-
-def test_saes_are_fitted_and_kept(data_dir, tmp_path, monkeypatch):
-    settings = {"saes": str(tmp_path / "new" / "saes.pt"), "sae_features": 48, "sae_k": 4,
-                "sae_tokens": 20 * 1024, "sae_lr": 3e-3}
-    for key, value in settings.items():
-        monkeypatch.setattr(circuits, key, value)
-    windows = Windows(str(data_dir), "train", 64)
-    circuits.fit_to_twin(DENSE, windows)
-    saes = circuits.load_saes(DENSE)
-    assert [sae.W_dec.shape for sae in saes] == [(48, 32)] * 2
-    idx = torch.from_numpy(windows.read(range(8))[:, :-1])
-    _, found = attribution.reads(Coordinates("", DENSE), idx, idx[:, 0] * 0)
-    for sae, read in zip(saes, found):
-        x = read.total.flatten(0, 1)
-        assert (sae.encode(x).values > 0).sum(1).max() <= 4
-        error = (x - sae(x)).square().sum() / (x - x.mean(0)).square().sum()
-        assert error < 0.7
-    with pytest.raises(ValueError, match="the twin has 1 layers of 32"):
-        circuits.load_saes(make_model("", n_layer=1))
-    (tmp_path / "new" / "saes.pt").write_bytes(b"no")
-    with pytest.raises(ValueError, match="not a file of TopK SAEs"):
-        circuits.load_saes(DENSE)
 
 
 # -----------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
-from conftest import ROOT, arguments, run_script, run_training
+from conftest import ROOT, arguments, run_script
 from torch.nn import functional as F
 
 from cayley import Edit
@@ -333,7 +333,7 @@ def test_a_planted_dictionary_is_recovered(kind):
 
     prefixes = (12, 24) if kind == "Matryoshka" else ()
     sae = topk_sae.TopKSAE(d, n_features, k, prefixes)
-    topk_sae.fit_saes([sae], batches(), 700, lr=3e-3)
+    topk_sae.fit_saes([sae], batches(), 700, [3e-3])
     cosines = F.normalize(sae.W_dec, dim=1) @ atoms.T
     assert cosines.max(0).values.mean() > 0.9
     assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(n_features), atol=1e-5)
@@ -346,13 +346,13 @@ def test_a_spliced_sae_that_is_the_identity_changes_nothing(models):
     for rows in (sae.W_enc, sae.W_dec):
         rows.data.copy_(both_signs)
     windows = idx_of(6, 17)
-    plain = scorecard.losses(dense, windows, {}, dense)
-    spliced = scorecard.losses(dense, windows, {0: sae, 1: sae}, dense)
+    plain = scorecard.losses(dense, windows, {}, dense, 4)
+    spliced = scorecard.losses(dense, windows, {0: sae, 1: sae}, dense, 4)
     torch.testing.assert_close(spliced, plain, rtol=1e-5, atol=1e-6)
     sae.W_dec.data[0] = 0
-    broken = scorecard.losses(dense, windows, {1: sae}, dense)
+    broken = scorecard.losses(dense, windows, {1: sae}, dense, 4)
     assert (broken[:, 1] > 1e-7).all()  # the KL sees it
-    again = scorecard.losses(dense, windows, {}, dense)  # and the model is as it was
+    again = scorecard.losses(dense, windows, {}, dense, 4)  # and the model is as it was
     assert torch.equal(again, plain)
 
 
@@ -397,6 +397,19 @@ def test_the_gradient_direction_steers_and_beats_others(models):
         assert effect.mean() > 0
         others = [stage.steer(direction)[:, label].mean() for direction in torch.eye(32)[:8]]
         assert effect.mean() > max(others)
+
+
+def test_a_feature_that_writes_the_gradient_is_chosen_by_its_effect(models):
+    """Feature 5 is the first label's gradient, the other way round; 7 half the second one's."""
+    stage = stage_of(models[1])
+    arm = scorecard.coordinates_arm(models[1])
+    arm.atoms = 1e-3 * arm.atoms
+    arm.atoms[5] = -3 * stage.gradients[0]
+    arm.atoms[7] = stage.gradients[1] / 2
+    probes = [probing.Probe(0, 1, 0.0), probing.Probe(1, 1, 0.0)]
+    scores = scorecard.causal_scores(arm, stage, probes)
+    torch.testing.assert_close(scores["by_effect"], scores["gradient"])
+    assert (scores["steer"].mean(0) < scores["gradient"].mean(0)).all()
 
 
 def test_taking_a_feature_out_is_the_edit_that_ablates_it(models):
@@ -498,14 +511,6 @@ def test_absorption_of_a_planted_hierarchy():
 
 # -----------------------------------------------------------------------------
 # the command
-
-
-@pytest.fixture(scope="module")
-def twin(data_dir, tmp_path_factory):
-    out_dir = tmp_path_factory.mktemp("twin") / "run"
-    result = run_training(data_dir, out_dir, cayley_levels="")
-    assert result.returncode == 0, result.stderr
-    return out_dir
 
 
 def run_scorecard(cayley, twin, out_dir, **settings):

@@ -47,8 +47,6 @@ if not __package__:
     raise SystemExit("from the repository's root: python -m tools.circuits")
 
 import functools
-import io
-import itertools
 import os
 import re
 
@@ -57,7 +55,7 @@ import torch
 
 from checkpoint import load_model, pick_device
 from configurator import configure
-from data import atomic, encode, get_tokenizer, progress, write_json, write_text
+from data import encode, get_tokenizer, progress, write_json, write_text
 from tools.attribution import (
     CayleyFeatures,
     Coordinates,
@@ -78,13 +76,13 @@ from tools.attribution import (
 from tools.circuit_graph import Node, make_graph, write_graph
 from tools.report import svg, svg_line, svg_text, write_csv
 from tools.runs import run_windows
+from tools.splice import read_saes
 from tools.tasks import IN_DOCUMENTS, TASKS, Example, as_contexts, make_contexts, tokenized
-from tools.topk_sae import TopKSAE, fit_saes
 
 # settings, see configurator.py
 ckpt = "out/ckpt.pt"  # of Cayley models, commas between
 dense = ""  # their dense twin
-saes = ""  # the twin's TopK SAEs, a file; fitted and written there if it isn't there
+saes = ""  # the twin's SAEs, a file of tools.splice
 task = ""  # of tasks.py, commas between; "all"
 prompt = ""  # one's own, instead of a task
 answer = ""  # how it goes on
@@ -95,10 +93,6 @@ n_contexts = 32  # to choose on, and as many to test on
 context_tokens = 64  # of a context, at most
 n_nodes = 50  # of a prompt's graph
 site = ""  # of tools.features, an address or directory that a prompt's page links to
-sae_features = 2048  # of an SAE that is fitted
-sae_k = 36  # of them active
-sae_tokens = 262_144  # of the train split, that it is fitted to
-sae_lr = 5e-3
 data_dir = ""  # "": that of the runs
 out_dir = "out/circuits"
 batch_size = 8  # contexts in a forward pass
@@ -110,7 +104,6 @@ FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)  # MIB's
 N_JOINT = 10
 LEAST_ACCURACY = 0.75  # on the clean prompts, for a task to count
 RESAMPLES = 1000
-SAE_BATCH = 1024  # tokens
 
 # -----------------------------------------------------------------------------
 # a row: a dictionary on the contexts of a task
@@ -285,55 +278,6 @@ def summary(result):
 
 
 # -----------------------------------------------------------------------------
-# post-hoc SAEs of the dense twin
-
-
-def shuffled_inputs(model, windows):
-    """Yield lists of what the MLPs read, (SAE_BATCH, d) a layer, tokens shuffled, endlessly."""
-    dictionary = Coordinates("", model)
-    generator = torch.Generator().manual_seed(0)
-    n_rows = max(1, 8 * SAE_BATCH // windows.block_size)
-    for first in itertools.count(0, n_rows):
-        idx = torch.from_numpy(windows.shuffled(first, n_rows, seed=0)[:, :-1])
-        _, found = reads(dictionary, idx.to(model.wte.weight.device), idx[:, 0] * 0)
-        inputs = [read.total.flatten(0, 1) for read in found]
-        for tokens in torch.randperm(idx.numel(), generator=generator).split(SAE_BATCH):
-            yield [x[tokens] for x in inputs]
-
-
-def fit_to_twin(model, windows):
-    """TopK SAEs of the MLP inputs of a dense model, one a layer, fitted and written to saes."""
-    torch.manual_seed(0)
-    fitted = [TopKSAE(model.config.n_embd, sae_features, sae_k).to(model.wte.weight.device)
-              for _ in model.blocks]
-    fit_saes(fitted, shuffled_inputs(model, windows), sae_tokens // SAE_BATCH, sae_lr)
-    content = io.BytesIO()
-    torch.save({"k": sae_k, "saes": [sae.state_dict() for sae in fitted]}, content)
-    os.makedirs(os.path.dirname(saes) or ".", exist_ok=True)
-    with atomic(saes, "wb") as file:
-        file.write(content.getbuffer())
-
-
-def load_saes(model):
-    """The twin's SAEs from the file saes. Raises ValueError if they aren't."""
-    device_of_model = model.wte.weight.device
-    try:
-        content = torch.load(saes, map_location=device_of_model, weights_only=True)
-        loaded = []
-        for state in content["saes"]:
-            sae = TopKSAE(*state["W_dec"].T.shape, content["k"]).to(device_of_model)
-            sae.load_state_dict(state)
-            loaded.append(sae.eval().requires_grad_(False))
-    except Exception as error:  # whatever a damaged file raises
-        raise ValueError(f"saes={saes}: not a file of TopK SAEs ({error})") from None
-    widths = [sae.W_dec.shape[1] for sae in loaded]
-    if widths != [model.config.n_embd] * len(model.blocks):
-        raise ValueError(f"saes={saes}: SAEs of inputs of {widths}, the twin has "
-                         f"{len(model.blocks)} layers of {model.config.n_embd}")
-    return loaded
-
-
-# -----------------------------------------------------------------------------
 # output
 
 CONTROLS = ("complement", "random", "other contexts", "nonsense task", "permuted")
@@ -502,9 +446,7 @@ def load_rows(target):
         if len(values) > 1:
             raise ValueError(f"the checkpoints differ in {key}: {sorted(values, key=str)}")
     if saes:
-        if not os.path.exists(saes):
-            fit_to_twin(twin, run_windows(config, "train", data_dir))
-        fitted = load_saes(twin)
+        fitted = read_saes(saes, twin)
         size = f"{len(fitted[0].W_dec):,}, {fitted[0].k}"
         rows += [SAEFeatures(f"SAE {size}", twin, fitted, keeps_error=True),
                  SAEFeatures(f"SAE {size}, no errors", twin, fitted, keeps_error=False)]
@@ -629,8 +571,7 @@ def main():
     configure(
         globals(),
         choices={"ablation": ABLATIONS},
-        at_least={"n_contexts": 4, "context_tokens": 2, "n_nodes": 1, "sae_features": 1,
-                  "sae_k": 1, "sae_tokens": SAE_BATCH, "batch_size": 1},
+        at_least={"n_contexts": 4, "context_tokens": 2, "n_nodes": 1, "batch_size": 1},
     )
     check_settings()
     target = pick_device(device)

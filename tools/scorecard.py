@@ -43,9 +43,12 @@ of that token's occurrences that have the label. Steering adds a multiple of the
 atom to the MLP's input at all tokens, so much that KL(before || after) is 0.1 nats a token; share
 is the change of the label's probability, over what the gradient of that probability, a direction
 found on training documents, achieves at the same KL: a mean over the labels that the gradient
-raises. Ablation takes a feature's contribution away; specificity is mean |change| where the next
-token has the label over the sum of that and of the mean |change| elsewhere: one half is no
-specificity.
+raises. "Chosen by effect" takes the feature whose atom, in either direction, has the largest
+cosine with that gradient instead of the one that reads the label best (Arad et al., "SAEs Are Good
+for Steering -- If You Select the Right Features", 2025, find the two to differ): large dictionaries
+come near to any direction, as the random dictionary's row shows. Ablation takes a feature's
+contribution away; specificity is mean |change| where the next token has the label over the sum of
+that and of the mean |change| elsewhere: one half is no specificity.
 
 Absorption (GPT-2 BPE only): see absorption() in probing.py.
 
@@ -59,7 +62,6 @@ split in order: 1, 0, or -1 where nobody knows. Without it those of labels.py.
 if not __package__:
     raise SystemExit("from the repository's root: python -m tools.scorecard")
 
-import contextlib
 import functools
 import hashlib
 import io
@@ -100,8 +102,18 @@ from tools.probing import (
     token_rates,
     word_letters,
 )
-from tools.report import batches, duration, interval_chart, markdown, write_csv
+from tools.report import duration, interval_chart, markdown, write_csv
 from tools.runs import run_windows
+from tools.splice import (
+    SAE_BATCH,
+    kl_divergence,
+    losses,
+    mlp_inputs,
+    new_sae,
+    on_device,
+    shuffled_inputs,
+    watching,
+)
 from tools.topk_sae import TopKSAE, fit_saes
 
 # settings, see configurator.py
@@ -123,7 +135,6 @@ n_windows = 128  # of the val split, for losses
 batch_size = 16  # windows in a forward pass
 device = "auto"
 
-SAE_BATCH = 1024  # tokens in a step of a post-hoc SAE
 STEER_KL = 0.1  # nats a token
 TOP_CONTEXTS = 16
 RARE = 1e-4  # activations per token
@@ -279,64 +290,6 @@ def usable_labels(names, fit, score):
 # models: what an MLP reads, and what comes of reading something else
 
 
-class Site(NamedTuple):
-    """What a forward had at one layer: (B, T, d) each."""
-
-    residual: Any  # before the second norm
-    x: Any  # after it
-    mlp_input: Any  # what the MLP read: x, or the code of x
-
-
-@contextlib.contextmanager
-def watching(model, layer):
-    """Yields a list to which every forward inside the block appends its Site."""
-    seen = []
-    block = model.blocks[layer]
-
-    def see(module, inputs, output):
-        seen.append((inputs[0], output))
-
-    def see_mlp(module, inputs, output):
-        seen[-1] = Site(*seen[-1], inputs[0])
-
-    hooks = [block.ln_2.register_forward_hook(see), block.mlp.register_forward_hook(see_mlp)]
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@contextlib.contextmanager
-def spliced(model, modules):
-    """The model with other modules between norm and MLP: {layer: module of x}."""
-    before = {layer: model.blocks[layer].sae for layer in modules}
-    for layer, module in modules.items():
-        model.blocks[layer].sae = module
-    try:
-        yield model
-    finally:
-        for layer, module in before.items():
-            model.blocks[layer].sae = module
-
-
-def on_device(model):
-    return model.wte.weight.device
-
-
-@torch.no_grad()
-def mlp_inputs(model, windows, at_layers, label="reading"):
-    """{layer: x (N, d) on the CPU} of windows (M, T)."""
-    inputs = {layer: [] for layer in at_layers}
-    for rows in batches(windows, batch_size, label):
-        with contextlib.ExitStack() as stack:
-            seen = {layer: stack.enter_context(watching(model, layer)) for layer in at_layers}
-            model(torch.from_numpy(rows).to(on_device(model)))
-            for layer, (site,) in seen.items():
-                inputs[layer].append(site.x.flatten(0, 1).cpu())
-    return {layer: torch.cat(x) for layer, x in inputs.items()}
-
-
 @torch.no_grad()
 def site_of(model, layer, windows):
     """The Site and all logits (B, T, V) of windows (B, T)."""
@@ -351,12 +304,6 @@ def logits_after(model, layer, residual, mlp_input):
     for block in model.blocks[layer + 1:]:
         x = block(x)
     return model.lm_head(model.ln_f(x)).float()
-
-
-def kl_divergence(logits, other):
-    """KL(softmax(logits) || softmax(other)) in nats: (..., V) -> (...)."""
-    log_p = logits.log_softmax(-1)
-    return (log_p.exp() * (log_p - other.log_softmax(-1))).sum(-1)
 
 
 def settle(model_or_sae, saes, forward):
@@ -375,35 +322,16 @@ def settle(model_or_sae, saes, forward):
 # fitting post-hoc SAEs
 
 
-def shuffled_inputs(model, windows, at_layers, seed):
-    """Yield lists of x (SAE_BATCH, d), one for each of at_layers, endlessly, tokens shuffled."""
-    rng = torch.Generator().manual_seed(seed)
-    n_rows = max(1, 8 * SAE_BATCH // windows.block_size)
-    first = 0
-    while True:
-        rows = windows.shuffled(first, n_rows, seed=seed + 1)[:, :-1]
-        first += n_rows
-        inputs = mlp_inputs(model, rows, set(at_layers))
-        n_tokens = rows.size
-        for tokens in torch.randperm(n_tokens, generator=rng).split(SAE_BATCH):
-            if len(tokens) == SAE_BATCH or n_tokens < SAE_BATCH:
-                yield [inputs[layer][tokens].to(on_device(model)) for layer in at_layers]
-
-
 def fitted_saes(model, windows, jobs, width, k, seed):
     """
     SAEs of a model's MLP inputs, fitted together: jobs are (layer, kind).
 
-    kind: "TopK" or "Matryoshka", whose prefixes are 1/32, 3/32, 7/32 and 15/32 of the features.
+    kind: as new_sae's.
     """
-    saes = []
-    for layer, kind in jobs:
-        # a seed for each, so that an SAE is the same whatever others are fitted beside it
-        torch.manual_seed(1000 * seed + 2 * layer + (kind == "Matryoshka"))
-        prefixes = [width * share // 32 for share in (1, 3, 7, 15)] if kind == "Matryoshka" else ()
-        saes.append(TopKSAE(model.config.n_embd, width, k, prefixes).to(on_device(model)))
-    inputs = shuffled_inputs(model, windows, [layer for layer, _ in jobs], seed)
-    fit_saes(saes, inputs, sae_tokens // SAE_BATCH, sae_lr)
+    saes = [new_sae(kind, model, layer, width, k, seed) for layer, kind in jobs]
+    at_layers = [layer for layer, _ in jobs]
+    inputs = shuffled_inputs(model, windows, at_layers, batch_size, seed)
+    fit_saes(saes, inputs, sae_tokens // SAE_BATCH, [sae_lr] * len(saes))
     if not all(sae.W_dec.isfinite().all() for sae in saes):
         raise ValueError(f"sae_lr={sae_lr}: the fit of an SAE diverged, take a smaller one")
     return saes
@@ -619,22 +547,32 @@ class Stage:
 
 
 def causal_scores(arm, stage, probes):
-    """Steering and ablation of an Arm's best features: tensors steer, gradient (B, L), ablate."""
+    """
+    Steering and ablation of the features that read each label best, and steering of those whose
+    atoms raise it most: tensors steer, by_effect, gradient (B, L), ablate (B, L, 5).
+    """
     B, T, d = stage.site.x.shape
     table = encoded(arm, stage.site.x.flatten(0, 1).cpu())
-    steered = {}
-    steer, ablate = [], []
+
+    @functools.cache
+    def steered(feature, sign):
+        return stage.steer(sign * arm.atoms[feature])
+
+    slopes = F.normalize(arm.atoms, dim=1) @ torch.stack(stage.gradients, 1)  # (n_features, L)
+    strongest = slopes.abs().argmax(0).tolist()
+    steer, by_effect, ablate = [], [], []
     for label, probe in enumerate(progress(probes, desc=f"steering, {arm.name}")):
-        key = (probe.feature, probe.sign)
-        if key not in steered:
-            steered[key] = stage.steer(probe.sign * arm.atoms[probe.feature])
-        steer.append(steered[key][:, label])
+        steer.append(steered(probe.feature, probe.sign)[:, label])
+        feature = strongest[label]
+        sign = 1 if slopes[feature, label] > 0 else -1
+        by_effect.append(steered(feature, sign)[:, label])
         if arm.adds_up:
             column = torch.from_numpy(table.column(probe.feature)).view(B, T, 1)
             contribution = column.to(stage.site.x.device) * arm.atoms[probe.feature]
             ablate.append(stage.ablate(contribution, label))
     result = {
         "steer": torch.stack(steer, 1).cpu(),  # (B, L)
+        "by_effect": torch.stack(by_effect, 1).cpu(),  # (B, L)
         "gradient": torch.stack(stage.gradient_effects, 1).cpu(),  # (B, L)
     }
     if ablate:
@@ -685,25 +623,6 @@ def code_scores(arm, table, x, ids, labels):
 
 # -----------------------------------------------------------------------------
 # losses
-
-
-@torch.no_grad()
-def losses(model, windows, modules, reference):
-    """
-    Per window the mean loss of a model with modules spliced in, and KL(reference || that) in nats
-    a token, reference being a model as it is: windows (M, T + 1) -> (M, 2).
-    """
-    rows = []
-    for batch in batches(windows, batch_size, "losses"):
-        batch = torch.from_numpy(batch).to(on_device(model))
-        idx, targets = batch[:, :-1], batch[:, 1:]
-        before = reference(idx, n_logits=0)[0].float()
-        with spliced(model, modules):
-            logits = model(idx, n_logits=0)[0].float()  # (B, T, V)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-        loss = loss.view(targets.shape).mean(1)
-        rows.append(torch.stack([loss, kl_divergence(before, logits).mean(1)], 1).cpu())
-    return torch.cat(rows)
 
 
 def loss_arms(pair, at_layers, topk):
@@ -833,8 +752,8 @@ class Reader:
 
     def _inputs(self, model):
         """x of fit and score, (N, d) each."""
-        fit = mlp_inputs(model, self.fit_ids, [self.layer])[self.layer]
-        return fit, mlp_inputs(model, self.score_ids, [self.layer])[self.layer]
+        fit = mlp_inputs(model, self.fit_ids, [self.layer], batch_size)[self.layer]
+        return fit, mlp_inputs(model, self.score_ids, [self.layer], batch_size)[self.layer]
 
     def _stage(self, model):
         """The Stage of a model at this layer."""
@@ -917,7 +836,8 @@ def read_losses(pair, data, at_layers, fitted, parts):
         for name, arm in loss_arms(pair, at_layers, topk).items():
             of_seed = f" seed {seed}" if "SAE" in name else ""
             model, modules, reference = arm
-            compute = functools.partial(losses, model, data.val_windows, modules, reference)
+            compute = functools.partial(losses, model, data.val_windows, modules, reference,
+                                        batch_size)
             rows[name] = parts.get(f"loss {name}{of_seed}", compute)
         all_rows.append(rows)
     return all_rows
@@ -1007,19 +927,22 @@ def probe_scores(tables, weights):
 
 
 def causal_numbers(causal, window_weights):
-    """Share, fall, change inside and specificity, means over labels: -> (1 + R, 4)."""
-    steer = window_weights @ causal["steer"].double().numpy()  # (1 + R, L)
-    gradient = window_weights @ causal["gradient"].double().numpy()
+    """Shares, fall, change inside and specificity, means over labels: -> (1 + R, 5)."""
+    gradient = window_weights @ causal["gradient"].double().numpy()  # (1 + R, L)
     with np.errstate(invalid="ignore", divide="ignore"):
-        share = nanmean(np.where(gradient > 0, steer / gradient, np.nan), 1)
+        shares = []
+        for name in ("steer", "by_effect"):
+            steer = window_weights @ causal[name].double().numpy()
+            shares.append(nanmean(np.where(gradient > 0, steer / gradient, np.nan), 1))
         if "ablate" not in causal:
-            nothing = np.full(len(share), np.nan)
-            return np.stack([share, nothing, nothing, nothing], 1)
+            nothing = np.full(len(gradient), np.nan)
+            return np.stack([*shares, nothing, nothing, nothing], 1)
         sums = np.tensordot(window_weights, causal["ablate"].double().numpy(), 1)
         fall, inside, n_inside, outside, n_outside = np.moveaxis(sums, -1, 0)  # (1 + R, L)
         inside, outside = inside / n_inside, outside / n_outside
         specificity = nanmean(inside / (inside + outside), 1)
-        return np.stack([share, nanmean(fall / n_inside, 1), nanmean(inside, 1), specificity], 1)
+        return np.stack(
+            [*shares, nanmean(fall / n_inside, 1), nanmean(inside, 1), specificity], 1)
 
 
 def interval(values):
@@ -1060,7 +983,7 @@ def summary(runs, reference):
 
 
 PROBE_NAMES = ("f1", "balanced_accuracy", "auc")
-CAUSAL_NAMES = ("steering_share", "fall", "change", "specificity")
+CAUSAL_NAMES = ("steering_share", "steering_by_effect", "fall", "change", "specificity")
 
 
 def row_numbers(result, weights, window_documents):
@@ -1216,8 +1139,10 @@ def steering_table(rows):
     for row in rows:
         share = row.get("steering_share")
         if share:
-            cells.append([row["name"], with_spread(share), against_reference(share)])
-    return markdown(["steering", "share of the gradient's", "to the SAE"], cells)
+            cells.append([row["name"], with_spread(share), against_reference(share),
+                          with_spread(row["steering_by_effect"])])
+    return markdown(["steering", "share of the gradient's", "to the SAE", "chosen by effect"],
+                    cells)
 
 
 def ablation_table(rows):
@@ -1432,10 +1357,10 @@ def unit_seconds(pair, windows):
     for rows, steps in ((few[:1, :8], 1), (few, 3)):  # what a first time builds isn't counted
         start = time.perf_counter()
         for model in pair[:2]:
-            mlp_inputs(model, rows, [0])
+            mlp_inputs(model, rows, [0], batch_size)
         read = time.perf_counter()
         sae = TopKSAE(config.n_embd, *shape).to(device)
-        fit_saes([sae], itertools.repeat([x]), steps, sae_lr)
+        fit_saes([sae], itertools.repeat([x]), steps, [sae_lr])
         fitted = time.perf_counter()
     return (read - start) / (2 * few.size), (fitted - read) / steps
 

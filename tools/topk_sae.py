@@ -3,7 +3,7 @@ TopK SAEs, and Matryoshka TopK SAEs, that are fitted to a model's activations af
 scorecard.py compares a CayleySAE with.
 
     sae = TopKSAE(d, n_features, k)
-    fit_saes([sae], ([x] for x in batches), n_steps, lr=5e-3)    # x (N, d)
+    fit_saes([sae], ([x] for x in batches), n_steps, [5e-3])    # x (N, d)
     codes = sae.encode(x)                                        # ids and values (..., k)
 """
 import math
@@ -97,28 +97,46 @@ def sae_loss(sae, x, dead_after):
     return loss
 
 
-def fit_saes(saes, inputs, n_steps, lr):
+class Schedule:
     """
-    Fit SAEs in lockstep: inputs yields n_steps lists of x (N, d), one for each.
+    Adam of one SAE for n_steps: its learning rate warms up over the first 5% of the steps and falls
+    to 0 over the last share of cooldown. Gradients of decoder rows keep their norm, which is set
+    back to 1 after every step.
+    """
 
-    Adam; the learning rate warms up over the first 5% of the steps and falls to 0 over the last
-    fifth. Gradients of decoder rows keep their norm, which is set back to 1 after every step.
+    def __init__(self, sae, lr, n_steps, cooldown):
+        self.sae = sae
+        self.lr = lr
+        self.n_steps = n_steps
+        self.cooldown = cooldown
+        self.adam = torch.optim.Adam(sae.parameters(), lr=lr, eps=6.25e-10)
+
+    def step(self, step):
+        """Take step number step with the gradients that are there, and clear them."""
+        warmup = (step + 1) / (0.05 * self.n_steps)
+        cooldown = (self.n_steps - step) / (self.cooldown * self.n_steps)
+        self.adam.param_groups[0]["lr"] = self.lr * min(1, warmup, cooldown)
+        rows = self.sae.W_dec.data
+        grad = self.sae.W_dec.grad
+        grad -= (grad * rows).sum(1, keepdim=True) * rows
+        self.adam.step()
+        self.adam.zero_grad()
+        rows.copy_(F.normalize(rows, dim=1))
+
+
+def fit_saes(saes, inputs, n_steps, lrs):
     """
-    optimizers = [torch.optim.Adam(sae.parameters(), lr=lr, eps=6.25e-10) for sae in saes]
+    Fit SAEs in lockstep: inputs yields n_steps lists of x (N, d), one for each; lrs: of each the
+    learning rate at the peak, see Schedule.
+    """
+    schedules = [Schedule(sae, lr, n_steps, cooldown=0.2) for sae, lr in zip(saes, lrs)]
     steps = zip(range(n_steps), inputs)
     for step, of_saes in progress(steps, desc=f"{len(saes)} SAEs", total=n_steps):
-        now = lr * min(1, (step + 1) / (0.05 * n_steps), (n_steps - step) / (0.2 * n_steps))
-        for sae, optimizer, x in zip(saes, optimizers, of_saes):
+        for sae, schedule, x in zip(saes, schedules, of_saes):
             if step == 0:
                 sae.scale.copy_(x.square().mean().sqrt())
                 sae.b_dec.data.copy_((x / sae.scale).mean(0))
-            optimizer.param_groups[0]["lr"] = now
-            optimizer.zero_grad()
             sae_loss(sae, x / sae.scale, dead_after=n_steps * len(x) / 20).backward()
-            rows = sae.W_dec.data
-            grad = sae.W_dec.grad
-            grad -= (grad * rows).sum(1, keepdim=True) * rows
-            optimizer.step()
-            rows.copy_(F.normalize(rows, dim=1))
+            schedule.step(step)
     for sae in saes:
         sae.eval().requires_grad_(False)

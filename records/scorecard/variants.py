@@ -21,7 +21,8 @@ NUMBERS = ("one_f1", "five_f1", "steering_share", "specificity")
 
 
 def mean_loss(model, data, modules):
-    return scorecard.losses(model, data.val_windows, modules, model)[:, 0].mean().item()
+    scores = scorecard.losses(model, data.val_windows, modules, model, scorecard.batch_size)
+    return scores[:, 0].mean().item()
 
 
 def numbers_of(reader, arm, modules, loss_of_dense):
