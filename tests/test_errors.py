@@ -42,6 +42,8 @@ TRAIN = [
     ("--cayley_levels=5,4,0;16,4,2048", "'16,4,2048'", "15 bits"),
     ("--cayley_levels=5,4,0;8,4,12", "'8,4,12'", "power of two"),
     ("--init_from=resume", "last.pt: no such checkpoint"),
+    ("--out_dir=link", "out_dir='link'", "a link to nowhere", "choose another"),
+    ("--out_dir=link/run", "out_dir='link/run'", "choose another"),
     ("--wandb_log=True", "wandb"),
 ]
 SAMPLE = [
@@ -78,6 +80,7 @@ PREPARE = [
     ("--source=python --shard=4/4 --tokenizer=bytes", "shard='4/4'", "0 <= i < n"),
     ("--source=python --on-error=ignore", "on_error='ignore'", "'replace'"),
     ("--sorce=python", "'sorce'", "'source'"),
+    ("--source=python --tokenizer=bytes --out_dir=link", "out_dir='link'", "a link to nowhere"),
     ("--verify=nowhere", "nowhere/meta.json is missing"),
 ]
 EVALS = [
@@ -98,10 +101,12 @@ FEATURES = [
     ("--out_dir=", "out_dir=''", "new directory"),
     ("--data_dir=nowhere", "nowhere/meta.json is missing"),
     (f"--out_dir={ROOT}/configs", "configs is there already", "another --out_dir"),
+    ("--out_dir=link", "out_dir='link'", "a link to nowhere"),
 ]
 EXPORT = [
     ("--export_format=onnx", "export_format='onnx'", "saelens"),
     (f"--out_dir={ROOT}/configs", "configs is there already", "another --out_dir"),
+    ("--out_dir=link", "link is there already", "another --out_dir"),
 ]
 TAX = [
     ("--config=nothing.py", "nothing.py: no such config"),
@@ -132,6 +137,8 @@ def fails(monkeypatch, capfd, tmp_path):
         if not (ROOT / name).exists():
             script = ["-m", f"tools.{name.removesuffix('.py')}"]
         monkeypatch.chdir(tmp_path)
+        if not (tmp_path / "link").is_symlink():
+            (tmp_path / "link").symlink_to("nowhere")
         handlers = {number: signal.getsignal(number) for number in STOPPING}
         with pytest.raises(SystemExit) as end:
             run_here([*script, *map(str, command)])
