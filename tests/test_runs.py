@@ -366,7 +366,11 @@ def test_a_vocabulary_that_is_too_small_names_a_size_that_is_not(data_dir, tmp_p
 @pytest.mark.parametrize("text, words", [
     ("import math as _math\nmuon_lr = 10 ** _math.log10(0.01)\n", None),
     ("import math\n_rate = 0.01\nmuon_lr = math.fabs(_rate)\n", None),
+    ("from math import fabs, log10\nfrom pathlib import Path\nimport os.path as p\n"
+     "def rate(x):\n    return fabs(x)\nmuon_lr = rate(10 ** log10(0.01))\n", None),
     ("rate = 0.01\nmuon_lr = rate\n", "unknown setting 'rate'"),
+    ("from math import pi\nmuon_lr = 0.01\n", "unknown setting 'pi'"),
+    ("from math import fabs as muon_lr\n", "muon_lr=.* must be float"),
 ])
 def test_a_config_may_import_and_have_names_of_its_own(tmp_path, text, words):
     (tmp_path / "c.py").write_text(text)
@@ -382,6 +386,13 @@ def test_a_missing_config_is_named_with_the_nearest(monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(ValueError, match="no such file; the nearest is configs/demo.py"):
         train_settings(["configs/dmeo.py"])
+
+
+def test_two_configs_are_refused_by_name(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = "two config files, configs/demo.py and configs/vanilla_small.py: give one"
+    with pytest.raises(ValueError, match=words):
+        train_settings(["configs/demo.py", "configs/vanilla_small.py"])
 
 
 def test_a_home_directory_s_tilde_is_expanded(monkeypatch):
