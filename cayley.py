@@ -787,14 +787,15 @@ class CayleySAE(nn.Module):
 
         n_features = start
         self.bias = nn.Parameter(torch.zeros(n_features))
-        self.register_buffer("mean", torch.zeros(n_features))
-        self.register_buffer("var", torch.ones(n_features))
+        fp32 = {"dtype": torch.float32}  # whatever the default, as in _apply
+        self.register_buffer("mean", torch.zeros(n_features, **fp32))
+        self.register_buffer("var", torch.ones(n_features, **fp32))
         self.register_buffer("active_counts", torch.zeros(n_features, dtype=torch.int64))
         # sums over the training forwards since update_stats()
         pending = {
-            "pending_rows": torch.zeros(1),
-            "pending_x": torch.zeros(n_embd),
-            "pending_xx": torch.zeros(n_embd, n_embd),
+            "pending_rows": torch.zeros(1, **fp32),
+            "pending_x": torch.zeros(n_embd, **fp32),
+            "pending_xx": torch.zeros(n_embd, n_embd, **fp32),
             # of 32 bits: torch.compile would sort 64-bit ones, an eighth of a step on an H100
             "pending_counts": torch.zeros(n_features, dtype=torch.int32),
             "skipped_updates": torch.zeros(1, dtype=torch.int64),  # see update_stats

@@ -118,6 +118,20 @@ def test_a_half_precision_model_keeps_its_statistics_in_float32(dtype):
     assert sae.double().var.dtype == torch.float64
 
 
+def test_statistics_are_float32_also_where_the_default_is_less():
+    torch.set_default_dtype(torch.bfloat16)  # as transformers' from_config does it
+    try:
+        sae = small_sae()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert sae.bias.dtype == torch.bfloat16
+    sums = [buffer for buffer in sae.buffers() if buffer.is_floating_point()]
+    assert len(sums) == 5 and {buffer.dtype for buffer in sums} == {torch.float32}
+    sae(torch.randn(2, 600, 32).bfloat16())
+    sae.update_stats()
+    assert (sae.mean != 0).any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_to_half_precision_does_not_round_the_statistics(dtype):
     sae = small_sae()
