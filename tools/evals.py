@@ -600,8 +600,8 @@ def report(scores):
     """Print evaluate's scores."""
     for name, values in scores.items():
         print(f"{name}: {format_scores(values)}")
-    if "vs" in scores:
-        print(f"  (the loss of ckpt={ckpt} less that of vs={vs}: below 0, ckpt is the better)")
+        if name == "vs":
+            print(f"  (the loss of {ckpt} less that of {vs}: below 0, ckpt is the better)")
     for layer, values in enumerate(scores.get("codes", {"layers": []})["layers"]):
         words = [f"explained {shown(values['explained'])}"]
         for name in ("dense", "zero"):
