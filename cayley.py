@@ -39,6 +39,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
+from torch.autograd import forward_ad
 
 # -----------------------------------------------------------------------------
 # the field GF(2^t) and the label map, in exact integers
@@ -696,6 +697,29 @@ def _autocast_dtype(device):
     return None
 
 
+def _refuse_transforms(*tensors):
+    """
+    Raise NotImplementedError for tensors that torch.func.grad, torch.func.jvp or forward_ad follow.
+
+    PyTorch's custom operators know none of them: grad would end in an obscure error, and the others
+    silently in derivatives of 0. PyTorch has no public names for this.
+    """
+    if torch.compiler.is_compiling():
+        return
+    functorch = torch._C._functorch
+    if forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active():
+        return
+    for tensor in tensors:
+        while functorch.is_batchedtensor(tensor):  # of vmap, which the operators know
+            tensor = functorch.get_unwrapped(tensor)
+        reverse = functorch.is_gradtrackingtensor(tensor) and tensor.requires_grad
+        if reverse or forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                "a CayleySAE can't be differentiated by torch.func.grad, jacrev, jvp or in forward "
+                "mode: use torch.autograd.grad or torch.autograd.functional.jacobian (vmap works)"
+            )
+
+
 def _recomputing():
     """
     Whether this forward runs inside a backward, as torch.utils.checkpoint does it a second time.
@@ -763,14 +787,15 @@ class CayleySAE(nn.Module):
 
         n_features = start
         self.bias = nn.Parameter(torch.zeros(n_features))
-        self.register_buffer("mean", torch.zeros(n_features))
-        self.register_buffer("var", torch.ones(n_features))
+        fp32 = {"dtype": torch.float32}  # whatever the default, as in _apply
+        self.register_buffer("mean", torch.zeros(n_features, **fp32))
+        self.register_buffer("var", torch.ones(n_features, **fp32))
         self.register_buffer("active_counts", torch.zeros(n_features, dtype=torch.int64))
         # sums over the training forwards since update_stats()
         pending = {
-            "pending_rows": torch.zeros(1),
-            "pending_x": torch.zeros(n_embd),
-            "pending_xx": torch.zeros(n_embd, n_embd),
+            "pending_rows": torch.zeros(1, **fp32),
+            "pending_x": torch.zeros(n_embd, **fp32),
+            "pending_xx": torch.zeros(n_embd, n_embd, **fp32),
             # of 32 bits: torch.compile would sort 64-bit ones, an eighth of a step on an H100
             "pending_counts": torch.zeros(n_features, dtype=torch.int32),
             "skipped_updates": torch.zeros(1, dtype=torch.int64),  # see update_stats
@@ -806,6 +831,7 @@ class CayleySAE(nn.Module):
             raise ValueError(
                 f"input of shape {tuple(x.shape)}: must be (..., tokens, n_embd={self.n_embd})"
             )
+        _refuse_transforms(x, self.bias)
         flat = self._flat(x)
         scale, shift = self.standardization()
         ids, values = select(flat, scale, self.bias.detach() + shift, self.plan)  # (N, K)
@@ -833,6 +859,7 @@ class CayleySAE(nn.Module):
         """
         ids = _deepest([c.ids for c in codes], [level.n for level in self.levels])  # (..., K)
         values = torch.cat([c.values for c in codes], -1) * 2 ** (-self.t / 2)
+        _refuse_transforms(values)
         values = values.to(_autocast_dtype(values.device) or self.bias.dtype)
         K = ids.shape[-1]
         out = combine(ids.view(-1, K), values.view(-1, K), self.t, self.n)

@@ -6,11 +6,14 @@ uses it.
 
 A setting is a global of plain type (bool, int, float, str) in lower case, or a list of strings, to
 which every --key=value adds one. A config file is a Python file of plain assignments to settings;
-names that begin with "_" and modules are its own. On the command line '--key=value',
-'--key value', and '--key' alone for a bool; '-' and '_' are the same in keys; --help lists the
-settings. From then on a ValueError or OSError ends the script with one line and status 1.
+functions, classes, modules and names that begin with "_" are its own. On the command line
+'--key=value', '--key value', and '--key' alone for a bool; '-' and '_' are the same in keys; --help
+lists the settings. From then on a ValueError or OSError ends the script with one line and status 1,
+and a reader that goes (| head) quietly.
 """
 import ast
+import atexit
+import contextlib
 import difflib
 import glob
 import json
@@ -18,6 +21,7 @@ import math
 import operator
 import os
 import re
+import select
 import sys
 import types
 
@@ -55,7 +59,11 @@ def one_line(kind, error, traceback):
     out_of_memory = kind.__name__ == "OutOfMemoryError"  # PyTorch's, which isn't imported here
     if not out_of_memory and not issubclass(kind, (ValueError, OSError, KeyboardInterrupt)):
         return sys.__excepthook__(kind, error, traceback)
+    if kind is BrokenPipeError and _reader_is_gone(sys.stdout):
+        return None
     message = "interrupted" if kind is KeyboardInterrupt else error
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        message = f"{error.filename}: {error.strerror}"  # without [Errno 2]
     if out_of_memory:
         sentences = str(error).split(". ")
         message = ". ".join(sentences[:2]) + ": a smaller --batch_size takes less"
@@ -66,15 +74,22 @@ def one_line(kind, error, traceback):
     print(line, file=sys.stderr)
 
 
+def _reader_is_gone(stream):
+    """Whether a stream is a pipe that nobody reads any more; from then on it leads nowhere."""
+    ends = select.poll()
+    ends.register(stream, 0)
+    gone = bool(ends.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return gone
+
+
 def say(*words, file=None):
     """As print, at once; a full disk, or a reader that has gone, stops no run."""
     stream = file or sys.stdout
-    try:
+    with contextlib.suppress(OSError):  # what is left of it is written with the next
         print(*words, file=stream, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # nobody will read any more
-    except OSError:
-        pass  # what is left of it is written with the next
+    _reader_is_gone(stream)
 
 
 # -----------------------------------------------------------------------------
@@ -135,7 +150,8 @@ def _read_config(path, settings):
         raise ValueError(f"{where}: {type(error).__name__}: {error}") from None
     assigned = {}
     for key, value in namespace.items():
-        if not key.startswith("_") and not isinstance(value, types.ModuleType):
+        helper = callable(value) or isinstance(value, types.ModuleType)
+        if not key.startswith("_") and (key in settings or not helper):
             assigned[key] = _checked(key, value, settings, where)
     return assigned
 
@@ -190,6 +206,7 @@ def configure(
     sys.excepthook = one_line
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a character that the terminal's encoding lacks
+    atexit.register(lambda: _reader_is_gone(sys.stdout))
     argv = list(sys.argv[1:] if argv is None else argv)
     settings = {}
     for key, value in namespace.items():
@@ -216,11 +233,14 @@ def configure(
                     _check_known(key, defaults, "command line")
                     raise ValueError(f"--{key} needs a value")
             settings[key] = _checked(key, value, settings, "command line")
-        elif arg.endswith(".py") and config_file is None:
+        elif arg.endswith(".py"):
+            if config_file:
+                raise ValueError(f"command line: two config files, {config_file} and {arg}: give "
+                                 "one, and --key=value for what differs")
             config_file = arg
             settings.update(_read_config(config_file, defaults))
         else:
-            raise ValueError(f"command line: {arg!r} is neither one config file (.py) nor "
+            raise ValueError(f"command line: {arg!r} is neither a config file (.py) nor "
                              "--key=value")
     _check_bounds(settings, choices, at_least, at_most, below)
     namespace.update(settings)

@@ -63,6 +63,18 @@ def write_json(path, value):
     write_text(path, json.dumps(value, indent=1))
 
 
+def make_directory(path):
+    """Make a directory, if it isn't there. Raises ValueError if it can't be made."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or "it has no name"
+        if os.path.islink(path):
+            reason = f"a link to {os.readlink(path)}, which isn't a directory"
+        raise ValueError(f"out_dir={path!r}: it can't be made ({reason}): choose another "
+                         "directory") from None
+
+
 @contextlib.contextmanager
 def lock(directory):
     """
@@ -72,7 +84,7 @@ def lock(directory):
     """
     if not directory:
         raise ValueError("out_dir='': must name a directory")
-    os.makedirs(directory, exist_ok=True)
+    make_directory(directory)
     held = os.open(directory, os.O_RDONLY)  # the directory itself: no lock file stays behind
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)

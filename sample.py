@@ -41,11 +41,13 @@ def parse_edit(text, saes):
 
     Raises ValueError naming a text of another form, or what the model does not have.
     """
-    match = re.fullmatch(r"(\d+)\.(\d+)\.(\d+)(?:=([+-]?)(\d+\.?\d*|\.\d+))?", text)
-    if not match:
+    match = re.fullmatch(r"(\d+)\.(\d+)\.(\d+)(?:=([+-]?)(\w.*|\..*))?", text)
+    try:
+        *path, sign, number = match.groups()
+        add = float(sign + number) if number else 0.0
+    except (AttributeError, ValueError):  # no match; no number
         raise ValueError(f"{text!r}: write layer.level.feature=+8 to steer and layer.level.feature "
-                         "to ablate")
-    *path, sign, number = match.groups()
+                         "to ablate") from None
     layer, level, feature = map(int, path)
     if layer >= len(saes):
         raise ValueError(f"{text!r}: the model has {len(saes)} layers with features, counted from "
@@ -57,9 +59,8 @@ def parse_edit(text, saes):
     if feature >= n_features:
         raise ValueError(f"{text!r}: level {level} has {n_features} features, counted from 0")
     keep = 1 if sign else 0
-    add = float(sign + number) if number else 0.0
-    if abs(add) > 1e6:  # codes are of order 1; far beyond the MLP overflows
-        raise ValueError(f"{text!r}: a code can be changed by at most 1,000,000")
+    if not abs(add) <= 1e6:  # codes are of order 1; far beyond the MLP overflows
+        raise ValueError(f"{text!r}: a code can be changed by a number of at most 1,000,000")
     return layer, Edit(level, feature, keep, add)
 
 
@@ -88,6 +89,8 @@ def main():
     )
     if 0 < temperature < 1e-3:  # a softmax of such logits has no meaning
         raise ValueError(f"temperature={temperature}: must be 0, or from 0.001 to 1000")
+    if compare and not steer + ablate:
+        raise ValueError("--compare shows the text without and with --steer or --ablate: give one")
     if any("=" not in text for text in steer) or any("=" in text for text in ablate):
         raise ValueError("--steer takes layer.level.feature=+8 and --ablate layer.level.feature, "
                          f"not {steer + ablate}")

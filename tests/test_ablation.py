@@ -13,12 +13,15 @@ spec.loader.exec_module(ablation)
 GradientSAE = ablation.GradientSAE
 
 
-def gradient_beside_the_code(x, weight, training, setting, value):
+def gradient_beside_the_code(training, setting, value):
     """
-    What a setting adds to the gradient of (output * weight).sum() at x (..., 64), and the layer.
+    What a setting adds to the gradient of (output * weight).sum() at x (..., 64), x, weight, layer.
 
     Neither the output nor the gradient at the biases may change.
     """
+    torch.manual_seed(0)
+    x = torch.randn(3, 7, 64, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn_like(x)
     results = []
     for now in (0, value):
         torch.manual_seed(1)
@@ -32,24 +35,18 @@ def gradient_beside_the_code(x, weight, training, setting, value):
         results.append((output, *torch.autograd.grad((output * weight).sum(), [x, sae.bias])))
     (plain, plain_x, plain_bias), (output, grad_x, grad_bias) = results
     assert torch.equal(output, plain) and torch.equal(grad_bias, plain_bias)
-    return grad_x - plain_x, sae
+    return grad_x - plain_x, x, weight, sae
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_dense_gradient_goes_around_the_code_in_training_alone(training):
-    torch.manual_seed(0)
-    x = torch.randn(3, 7, 64, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn_like(x)
-    added, _ = gradient_beside_the_code(x, weight, training, "dense_gradient", 0.5)
+    added, _, weight, _ = gradient_beside_the_code(training, "dense_gradient", 0.5)
     torch.testing.assert_close(added, 0.5 * weight * training)
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_near_misses_hand_their_part_of_the_gradient_on_in_training_alone(training):
-    torch.manual_seed(0)
-    x = torch.randn(3, 7, 64, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn_like(x)
-    added, sae = gradient_beside_the_code(x, weight, training, "near_misses", 4)
+    added, x, weight, sae = gradient_beside_the_code(training, "near_misses", 4)
     atoms = sae.atoms(0, range(64))
     score = (x @ atoms.T - sae.mean[:64]) / sae.var[:64].sqrt() + sae.bias[:64]
     ids = score.topk(9).indices[..., 5:]

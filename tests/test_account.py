@@ -9,6 +9,7 @@ import torch
 from conftest import ENVIRONMENT, ROOT, TINY, arguments, run_script
 from torch.profiler import ProfilerActivity, profile
 
+from checkpoint import load_model
 from model import GPT, GPTConfig
 from muon import MuonAdamW
 from tools import account
@@ -185,6 +186,18 @@ def test_the_accumulation_of_the_plan_must_be_a_multiple_of_the_ranks(monkeypatc
         account.check_run([config, "--gradient_accumulation_steps=4"])
     line = str(error.value)
     assert "gradient_accumulation_steps=4 is not a multiple of the 3 ranks" in line
+
+
+def test_a_cpu_run_is_planned_for_cpus_with_the_parameters_that_training_counts(trained):
+    result = plan()
+    assert result.returncode == 0, result.stderr
+    assert "memory of a CPU process of 1 in fp32" in result.stdout
+    assert "GPU" not in result.stdout and "a card of" not in result.stdout
+    model, config = load_model(str(trained))
+    parameters = f"parameters: {model.get_num_params():,} without positions and features' biases"
+    assert parameters in result.stdout
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert f"{total:,} with them" in result.stdout
 
 
 def test_a_cuda_run_is_planned_without_one():

@@ -3,6 +3,7 @@ circuits.py: planted circuits are found, scores are finite differences, interven
 what they say, and the graph and its page tell what the model does. tasks.py: its rules, by example.
 """
 import json
+import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 
@@ -472,7 +473,8 @@ def site(trained, tmp_path_factory):
                         "--prompt=x = 'a</script>", "--patch=x = \"a</script>", "--answer='",
                         '--wrong="', "--n_nodes=12", "--site=../features")
     assert result.returncode == 0, result.stderr
-    assert "faithfulness" in result.stdout
+    sizes = re.findall(r"^ *(\w+) nodes: faithfulness", result.stdout, re.MULTILINE)
+    assert sizes == ["0", "10", "all"]
     return directory
 
 
@@ -564,6 +566,10 @@ def test_a_task_that_the_model_cannot_do_is_left_out(trained, tmp_path):
     (["--prompt=a"], "--prompt needs --answer"),
     (["--prompt=a", "--answer=b", "--patch=c"], "--patch and --wrong belong together"),
     (["--prompt=a", "--answer=b", "--patch=cc", "--wrong=d"], "must be of as many tokens"),
+    (["--prompt=a", "--answer=bc"], "answer='bc': 2 tokens, and a circuit is of one: --answer='b'"),
+    (["--prompt=a", "--answer=b", "--patch=c", "--wrong=dd"], "wrong='dd': 2 tokens"),
+    (["--prompt=a", "--answer=bcd", "--patch=c", "--wrong=bd"], "answer='bcd': 2 tokens"),
+    (["--prompt=a", "--answer=b", "--out_dir=/dev/null"], "out_dir='/dev/null': it can't be made"),
     (["--prompt=" + 40 * "a", "--answer=b"], "the prompt has 41 tokens with end of text"),
     (["--task=quote", "--saes=x.pt"], "saes=x.pt: they are of the dense twin"),
     (["--task=quote", "--ablation=resample"], "ablation='resample': must be one of 'patch'"),

@@ -42,6 +42,8 @@ TRAIN = [
     ("--cayley_levels=5,4,0;16,4,2048", "'16,4,2048'", "15 bits"),
     ("--cayley_levels=5,4,0;8,4,12", "'8,4,12'", "power of two"),
     ("--init_from=resume", "last.pt: no such checkpoint"),
+    ("--out_dir=link", "out_dir='link'", "a link to nowhere", "choose another"),
+    ("--out_dir=link/run", "out_dir='link/run'", "choose another"),
     ("--wandb_log=True", "wandb"),
 ]
 SAMPLE = [
@@ -52,7 +54,8 @@ SAMPLE = [
     ("--seed=-1", "seed=-1", "at least 0"),
     (f"--ckpt={ROOT}/README.md", "README.md: not a readable checkpoint"),
     ("--start=" + "x" * 40, "41 tokens", "block_size=32"),
-    ("--start=FILE:nothing.txt", "nothing.txt"),
+    ("--start=FILE:nothing.txt", "sample.py: nothing.txt: No such file or directory"),
+    ("--compare", "--compare", "--steer or --ablate"),
     ("--temperature=-1", "temperature=-1", "at least 0"),
     ("--num_samples=0", "num_samples=0", "at least 1"),
     ("--temprature=1", "'temprature'", "'temperature'"),
@@ -63,6 +66,10 @@ SAMPLE = [
     ("--steer=1.1", "'1.1'", "layer.level.feature=+8"),
     ("--steer=1.1.3", "'1.1.3'", "layer.level.feature=+8"),
     ("--steer=1.1.3=+9999999", "'1.1.3=+9999999'", "1,000,000"),
+    ("--steer=1.1.3=+nan", "'1.1.3=+nan'", "1,000,000"),
+    ("--steer=1.1.3=inf", "'1.1.3=inf'", "1,000,000"),
+    ("--steer=1.1.3=much", "'1.1.3=much'", "layer.level.feature=+8"),
+    ("--steer=1.1.3=+-8", "'1.1.3=+-8'", "layer.level.feature=+8"),
     ("--ablate=2.0.0", "'2.0.0'", "2 layers"),
     ("--ablate=1.2.0", "'1.2.0'", "2 levels"),
     ("--ablate=1.1.256", "'1.1.256'", "256 features"),
@@ -78,6 +85,7 @@ PREPARE = [
     ("--source=python --shard=4/4 --tokenizer=bytes", "shard='4/4'", "0 <= i < n"),
     ("--source=python --on-error=ignore", "on_error='ignore'", "'replace'"),
     ("--sorce=python", "'sorce'", "'source'"),
+    ("--source=python --tokenizer=bytes --out_dir=link", "out_dir='link'", "a link to nowhere"),
     ("--verify=nowhere", "nowhere/meta.json is missing"),
 ]
 EVALS = [
@@ -98,10 +106,12 @@ FEATURES = [
     ("--out_dir=", "out_dir=''", "new directory"),
     ("--data_dir=nowhere", "nowhere/meta.json is missing"),
     (f"--out_dir={ROOT}/configs", "configs is there already", "another --out_dir"),
+    ("--out_dir=link", "out_dir='link'", "a link to nowhere"),
 ]
 EXPORT = [
     ("--export_format=onnx", "export_format='onnx'", "saelens"),
     (f"--out_dir={ROOT}/configs", "configs is there already", "another --out_dir"),
+    ("--out_dir=link", "link is there already", "another --out_dir"),
 ]
 TAX = [
     ("--config=nothing.py", "nothing.py: no such config"),
@@ -132,6 +142,8 @@ def fails(monkeypatch, capfd, tmp_path):
         if not (ROOT / name).exists():
             script = ["-m", f"tools.{name.removesuffix('.py')}"]
         monkeypatch.chdir(tmp_path)
+        if not (tmp_path / "link").is_symlink():
+            (tmp_path / "link").symlink_to("nowhere")
         handlers = {number: signal.getsignal(number) for number in STOPPING}
         with pytest.raises(SystemExit) as end:
             run_here([*script, *map(str, command)])

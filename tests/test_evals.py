@@ -397,8 +397,17 @@ def test_the_script_and_the_paired_comparison(trained, data_dir, tmp_path):
     assert scores["lambada"]["items"] == 2 and scores["text"]["tokens"] == 400
     # best and last are the same weights here
     assert scores["vs"]["loss_difference"] == 0
+    assert "below 0, ckpt is the better" in run.stdout
     assert len(scores["codes"]["layers"]) == 2
     assert scores["codes"]["loss"] == pytest.approx(scores["val"]["loss"])  # the same 16 windows
+
+
+def test_the_difference_is_of_the_checkpoint_less_the_other(model):
+    other = GPT(model.config)
+    windows = torch.randint(257, (4, BLOCK_SIZE + 1)).numpy()
+    scores = evals.evaluate(model, ENCODING, windows, {}, other)
+    expected = np.mean(window_losses(model, windows)) - np.mean(window_losses(other, windows))
+    assert scores["vs"]["loss_difference"] == pytest.approx(expected)
 
 
 def test_a_smaller_run_does_not_replace_a_larger_one(trained, tmp_path):

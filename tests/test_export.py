@@ -19,6 +19,7 @@ from checkpoint import load_model
 from data import get_tokenizer
 from model import GPT, GPTConfig
 from tools import export
+from tools.evals import digest
 from tools.export import saelens_tensors
 from tools.hf_folder import imported_modules, inlined_source, tokenizer_json, without_imports
 from tools.runs import run_windows
@@ -281,6 +282,21 @@ def test_the_card_says_of_what_its_scores_are(trained, tmp_path):
     assert "| text, perplexity a token | 31.5 | 12 texts, 34,567 tokens |" in card
     assert "| LAMBADA, perplexity | 12.5 | 50 items |" in card
     assert "minus loss | 0.52 | 64 windows |" in card
+
+
+def test_scores_of_other_weights_are_left_out(trained, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    model, _ = load_model(str(run))
+    (run / "evals.json").write_text(json.dumps({
+        "val": {"loss": 3.21, "windows": 256, "weights": digest(model)},
+        "lambada": {"accuracy": 0.3133, "items": 50, "weights": "0123456789abcdef"},
+    }))
+    run_export(run, "hf", tmp_path / "folder")
+    said = capsys.readouterr().out
+    assert "lambada of other weights" in said and "val of other" not in said
+    card = (tmp_path / "folder" / "README.md").read_text()
+    assert "3.21" in card and "0.3133" not in card
 
 
 def test_the_card_names_corpus_language_and_licence(trained, data_dir, tmp_path):

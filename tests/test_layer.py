@@ -1,9 +1,11 @@
 """cayley.py as a library: what a user's own model may do with the layer."""
 import pytest
 import torch
+from torch import func
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from cayley import CayleySAE, Edit, Level, _Gather, label_bits, plain_encode, sum_by_index
+from cayley import CayleySAE, Codes, Edit, Level, _Gather, label_bits, plain_encode, sum_by_index
 from model import GPT, GPTConfig
 
 LEVELS = "5,4,0;9,5,16"
@@ -116,6 +118,20 @@ def test_a_half_precision_model_keeps_its_statistics_in_float32(dtype):
     assert sae.double().var.dtype == torch.float64
 
 
+def test_statistics_are_float32_also_where_the_default_is_less():
+    torch.set_default_dtype(torch.bfloat16)  # as transformers' from_config does it
+    try:
+        sae = small_sae()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert sae.bias.dtype == torch.bfloat16
+    sums = [buffer for buffer in sae.buffers() if buffer.is_floating_point()]
+    assert len(sums) == 5 and {buffer.dtype for buffer in sums} == {torch.float32}
+    sae(torch.randn(2, 600, 32).bfloat16())
+    sae.update_stats()
+    assert (sae.mean != 0).any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_to_half_precision_does_not_round_the_statistics(dtype):
     sae = small_sae()
@@ -219,6 +235,47 @@ def test_a_wrong_argument_is_one_sentence(n_embd, levels, words):
 def test_levels_may_be_levels_or_triples():
     for levels in ([Level(6, 4, 0), Level(9, 5, 16)], [(6, 4, 0), (9, 5, 16)]):
         assert CayleySAE(64, levels).levels == CayleySAE(64, "6,4,0;9,5,16").levels
+
+
+def in_forward_mode(function, x):
+    with forward_ad.dual_level():
+        return function(forward_ad.make_dual(x, x))
+
+
+@pytest.mark.parametrize("differentiate", [
+    lambda f, x: func.grad(lambda x: f(x).sum())(x),
+    lambda f, x: func.vmap(func.grad(lambda x: f(x).sum()))(x[:, None]),
+    lambda f, x: func.grad(lambda x: func.vmap(f)(x).sum())(x[:, None]),
+    lambda f, x: func.jacrev(f)(x),
+    lambda f, x: func.jvp(f, (x,), (x,)),
+    in_forward_mode,
+])
+@pytest.mark.parametrize("only_decode", [False, True])
+def test_derivatives_that_the_operators_lack_are_refused(differentiate, only_decode):
+    """PyTorch would raise an obscure error in the first four, and give 0 in the others."""
+    sae = small_sae().eval()
+    x = torch.randn(3, 32)
+    ids = [code.ids for code in sae.encode(x)]
+
+    def function(x):
+        if only_decode:
+            level = Codes(ids[0][:len(x)], x[:, :4])
+            return sae.decode([level])
+        return sae(x)
+
+    with pytest.raises(NotImplementedError, match="torch.autograd.functional.jacobian"):
+        differentiate(function, x)
+
+
+def test_derivatives_that_the_operators_have():
+    """vmap, and torch.func.grad for what only reads the codes."""
+    sae = small_sae().eval()
+    x = torch.randn(3, 32, requires_grad=True)
+    torch.testing.assert_close(func.vmap(sae)(x[:, None]).squeeze(1), sae(x))
+    jacobian = torch.autograd.functional.jacobian(lambda x: sae(x).sum(0), x)
+    torch.testing.assert_close(jacobian.sum(0), torch.autograd.grad(sae(x).sum(), x)[0])
+    probe = func.grad(lambda w: (sae(x.detach()) * w).sum())(torch.ones(32))
+    torch.testing.assert_close(probe, sae(x).sum(0))
 
 
 # -----------------------------------------------------------------------------

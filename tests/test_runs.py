@@ -293,6 +293,69 @@ def test_a_config_that_raises_anything_is_one_line(tmp_path, text):
     assert "c.py" in result.stderr and "Error" in result.stderr
 
 
+def test_without_a_compiler_one_line_says_how_to_do_without(data_dir, tmp_path):
+    environment = {**ENVIRONMENT, "CXX": "/nonexistent", "PATH": ""}
+    environment["TORCHINDUCTOR_CACHE_DIR"] = "cache"  # where nothing is compiled yet
+    result = subprocess.run(
+        train_command(data_dir, tmp_path / "run", torch_compile=True),
+        capture_output=True, text=True, env=environment, cwd=tmp_path,
+    )
+    assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
+    assert "--torch_compile=False" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+WANDB = """
+import json, os
+class Error(Exception):
+    pass
+class Run:
+    id = "abc123"
+    def log(self, row, step):
+        with open("wandb.txt", "a") as file:
+            file.write(f"log {step} {row.get('loss')}\\n")
+    def finish(self):
+        pass
+def init(**options):
+    if "WANDB_API_KEY" not in os.environ:
+        raise Error("api_key not configured (no-tty).\\ncall wandb.login(key=[your_api_key])")
+    with open("wandb.txt", "a") as file:
+        file.write(f"init {options['id']} {options['resume']}\\n")
+    return Run()
+"""
+
+
+def test_wandb_goes_on_under_the_run_s_id(data_dir, tmp_path):
+    """With a stand-in for the package, which the tests don't need."""
+    (tmp_path / "wandb.py").write_text(WANDB)
+    environment = {**ENVIRONMENT, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+
+    def train(**settings):
+        command = train_command(data_dir, tmp_path / "run", wandb_log=True, **settings)
+        return subprocess.run(
+            command, capture_output=True, text=True, env=environment, cwd=tmp_path
+        )
+
+    result = train()
+    assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
+    assert "api_key not configured" in result.stderr and "--wandb_log=False" in result.stderr
+    assert not (tmp_path / "run" / "last.pt").exists()
+    environment["WANDB_API_KEY"] = "key"
+    for settings in (dict(max_iters=3), dict(max_iters=5, init_from="resume")):
+        result = train(**settings)
+        assert result.returncode == 0, result.stderr
+    lines = (tmp_path / "wandb.txt").read_text().splitlines()
+    assert [line for line in lines if line.startswith("init")] == [
+        "init None allow", "init abc123 allow"
+    ]
+    logged = [line.split() for line in lines if line.startswith("log")]
+    losses = {int(step): loss for _, step, loss in logged if loss != "None"}
+    assert list(losses) == list(range(5))
+    assert {step: float(loss) for step, loss in losses.items()} == pytest.approx(
+        {step: float(loss) for step, loss in log_rows(tmp_path / "run").items()}
+    )
+
+
 def test_a_vocabulary_that_is_too_small_names_a_size_that_is_not(data_dir, tmp_path):
     result = run_training(data_dir, tmp_path / "run", vocab_size=100)
     assert result.returncode == 1 and "set vocab_size=320" in result.stderr
@@ -303,7 +366,11 @@ def test_a_vocabulary_that_is_too_small_names_a_size_that_is_not(data_dir, tmp_p
 @pytest.mark.parametrize("text, words", [
     ("import math as _math\nmuon_lr = 10 ** _math.log10(0.01)\n", None),
     ("import math\n_rate = 0.01\nmuon_lr = math.fabs(_rate)\n", None),
+    ("from math import fabs, log10\nfrom pathlib import Path\nimport os.path as p\n"
+     "def rate(x):\n    return fabs(x)\nmuon_lr = rate(10 ** log10(0.01))\n", None),
     ("rate = 0.01\nmuon_lr = rate\n", "unknown setting 'rate'"),
+    ("from math import pi\nmuon_lr = 0.01\n", "unknown setting 'pi'"),
+    ("from math import fabs as muon_lr\n", "muon_lr=.* must be float"),
 ])
 def test_a_config_may_import_and_have_names_of_its_own(tmp_path, text, words):
     (tmp_path / "c.py").write_text(text)
@@ -319,6 +386,13 @@ def test_a_missing_config_is_named_with_the_nearest(monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(ValueError, match="no such file; the nearest is configs/demo.py"):
         train_settings(["configs/dmeo.py"])
+
+
+def test_two_configs_are_refused_by_name(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = "two config files, configs/demo.py and configs/vanilla_small.py: give one"
+    with pytest.raises(ValueError, match=words):
+        train_settings(["configs/demo.py", "configs/vanilla_small.py"])
 
 
 def test_a_home_directory_s_tilde_is_expanded(monkeypatch):

@@ -164,6 +164,21 @@ def test_a_terminal_that_lacks_a_character_gets_another(trained):
     assert result.stdout.startswith(b"?")
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("words", [["--num_samples=100", "--max_new_tokens=300"], ["--help"]])
+def test_a_reader_that_goes_ends_it_quietly(trained, words, unbuffered):
+    command = [sys.executable, ROOT / "sample.py", "--device=cpu", "--ckpt", trained / "ckpt.pt"]
+    environment = {**ENVIRONMENT, "PYTHONUNBUFFERED": unbuffered}
+    process = subprocess.Popen(
+        [*command, *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    if words != ["--help"]:
+        process.stdout.read(1)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.wait()
+
+
 def test_steering_beside_the_unsteered_text(trained):
     arguments = ["--ckpt", trained / "ckpt.pt", "--num_samples=1"]
     arguments += ["--max_new_tokens=40", "--temperature=0"]

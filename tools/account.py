@@ -6,8 +6,9 @@ A training step on paper: parameters and one rank's memory, from a model's confi
     python -m tools.account --world_size=1 --csv_file=account.csv
 
 A run's plan is of train.py's settings, given as train.py takes them and refused as it refuses
-them; the variable WORLD_SIZE says on how many GPUs. None is needed, and nothing is written. The
-rest are pure functions of a GPTConfig, which bench.py prints beside what it measures.
+them; the variable WORLD_SIZE says on how many GPUs (or CPU processes, where device is "cpu"). No
+GPU is needed, and nothing is written. The rest are pure functions of a GPTConfig, which bench.py
+prints beside what it measures.
 
 Shapes: N = tokens of a micro-batch, d = n_embd, V = vocab_size, H = n_head, F = features and K =
 active features of a layer.
@@ -297,8 +298,10 @@ def show_plan(train, model):
     settings = train["config"]
     config = model.config
     accumulation = settings["gradient_accumulation_steps"]
-    # unless it is said, those of a machine of 8 that share the accumulation evenly
-    ranks = int(os.environ.get("WORLD_SIZE", math.gcd(8, accumulation)))
+    # unless it is said, one CPU, or the GPUs of a machine of 8 that share the accumulation evenly
+    on_cpu = settings["device"] == "cpu"
+    ranks = int(os.environ.get("WORLD_SIZE", 1 if on_cpu else math.gcd(8, accumulation)))
+    bf16 = settings["dtype"] == "bfloat16" or settings["dtype"] == "auto" and not on_cpu
     batch_size = settings["batch_size"]
     compiled = settings["torch_compile"]
     tokens = accumulation * batch_size * config.block_size
@@ -306,14 +309,18 @@ def show_plan(train, model):
     muon, adamw = muon_parameters(config), adamw_parameters(config)
     print("settings: " + ", ".join(f"{key}={value!r}" for key, value in settings.items()))
     print(f"data: {describe_data(settings)}")
-    print(f"parameters: {muon + adamw:,}, of which Muon's {muon:,}")
+    print(f"parameters: {model.get_num_params():,} without positions and features' biases, "
+          f"{muon + adamw:,} with them, of which Muon's {muon:,}")
     print(f"tokens: {iterations:,} iterations of {tokens:,} = {iterations * tokens:,}")
     print(f"arithmetic: {model.flops_per_token() * iterations * tokens:.3g} FLOPs")
     show_schedule(train)
-    print(f"memory of one of {ranks} GPUs in bf16, on paper (WORLD_SIZE=1 sets how many):")
-    for name, size in memory_account(config, batch_size, ranks, compiled=compiled).items():
+    kind = "CPU process" if on_cpu else "GPU"
+    print(f"memory of a {kind} of {ranks} in {'bf16' if bf16 else 'fp32'}, on paper (WORLD_SIZE=1 "
+          "sets how many):")
+    account = memory_account(config, batch_size, ranks, bf16, compiled, fused_norm=not on_cpu)
+    for name, size in account.items():
         print(f"  {name:26} {size / 1e6:12,.1f} MB")
-    for card in CARDS:
+    for card in () if on_cpu else CARDS:
         fits = largest_batch(config, card * 1e9, ranks, compiled)
         print(f"  a card of {card} GB holds batch_size up to {fits}")
 

@@ -18,7 +18,8 @@ m(C) the mean over contexts of the metric when every other node is held at its a
 those of C are computed anew from what the layers before them give:
 
     metric        logit(answer) - logit(wrong) after the clean prompt; log p(answer) if no --wrong
-    faithfulness  (m(C) - m(none)) / (m(M) - m(none))
+    faithfulness  (m(C) - m(none)) / (m(M) - m(none)): above 1 where the nodes left out, together,
+                  work against the answer; below 0 where those of C do
     completeness  (m(M \\ C) - m(none)) / (m(M) - m(none)), the complement's faithfulness: 0 is best
     score         integrated gradients along the line from the layer's clean values to its ablated
                   ones, all other layers clean: (clean - ablated) times the mean of dm/dvalue at
@@ -55,7 +56,7 @@ import torch
 
 from checkpoint import load_model, pick_device
 from configurator import configure
-from data import encode, get_tokenizer, progress, write_json, write_text
+from data import encode, get_tokenizer, make_directory, progress, write_json, write_text
 from tools.attribution import (
     CayleyFeatures,
     Coordinates,
@@ -280,6 +281,8 @@ def summary(result):
 # -----------------------------------------------------------------------------
 # output
 
+FAITHFULNESS = ("faithfulness: 0 as without any node, 1 as with all, above 1 where those left out "
+                "oppose the answer")
 CONTROLS = ("complement", "random", "other contexts", "nonsense task", "permuted")
 CSV_COLUMNS = ("task", "row", "number", "nodes", "value", "low", "high")
 
@@ -315,6 +318,8 @@ def table(result):
              f"{result['contexts']} contexts", "", line("nodes kept", [*SIZES, "CPR", "CMD"])]
     for row in result["rows"]:
         lines += row_lines(row)
+    if result["rows"]:
+        lines.append(FAITHFULNESS)
     return lines + [f"left out, below {LEAST_ACCURACY:.0%} accuracy: {name}"
                     for name in result["left_out"]]
 
@@ -485,6 +490,7 @@ def run_task(name, rows, documents, encoding, target):
 def run_tasks(target):
     """Print the tasks' tables; write circuits.json, .csv and .svg."""
     rows, config = load_rows(target)
+    make_directory(out_dir)  # what is in its way is told of now
     encoding = get_tokenizer(config["tokenizer"])
     needed = any(TASKS[name] in IN_DOCUMENTS for name in task_names())
     documents = read_documents(config, encoding) if needed else []
@@ -498,12 +504,19 @@ def run_tasks(target):
             print(f"left out: {error}\n")
             continue
         print("\n".join(table(results[-1])) + "\n", flush=True)
-    os.makedirs(out_dir, exist_ok=True)
     settings = {key: globals()[key] for key in ("ablation", "n_contexts", "context_tokens")}
     write_json(os.path.join(out_dir, "circuits.json"), {"settings": settings, "tasks": results})
     rows = [row for result in results for row in csv_rows(result)]
     write_csv(os.path.join(out_dir, "circuits.csv"), CSV_COLUMNS, rows)
     write_text(os.path.join(out_dir, "circuits.svg"), chart(results))
+
+
+def only_token(name, ids, encoding):
+    """The one id in which a setting goes on. Raises ValueError if there are more."""
+    if len(ids) != 1:
+        raise ValueError(f"{name}={globals()[name]!r}: {len(ids)} tokens, and a circuit is of one: "
+                         f"--{name}={encoding.decode(ids[:1])!r} is the first")
+    return ids[0]
 
 
 def prompt_contexts(encoding, block_size):
@@ -513,11 +526,15 @@ def prompt_contexts(encoding, block_size):
         raise ValueError(f"the prompt has {len(ids)} tokens with end of text, more than "
                          f"block_size={block_size}")
     if not wrong:
-        return as_contexts([(ids, ids, encode(encoding, answer)[0], -1)], ids[0])
+        answer_id = only_token("answer", encode(encoding, answer), encoding)
+        return as_contexts([(ids, ids, answer_id, -1)], ids[0])
     row = tokenized(Example(prompt, patch, answer, wrong), encoding, block_size)
     if row is None:
         raise ValueError("--prompt and --patch must be of as many tokens but not the same, and "
                          "--answer and --wrong begin with different ones after both")
+    for name in ("answer", "wrong"):
+        whole = [encoding.eot_token, *encode(encoding, prompt + globals()[name])]
+        only_token(name, whole[len(row[0]):], encoding)
     return as_contexts([row], ids[0])
 
 
@@ -538,6 +555,7 @@ def prediction(logits, contexts, n, at_all, at_none, encoding):
 def run_prompt(target):
     """Write the graph of the prompt's circuit, and its page."""
     (dictionary,), config = load_rows(target)
+    make_directory(out_dir)
     encoding = get_tokenizer(config["tokenizer"])
     contexts = prompt_contexts(encoding, config["block_size"]).to(target)
     at_all, clean = reads(dictionary, contexts.clean, contexts.last)
@@ -558,9 +576,9 @@ def run_prompt(target):
     slug = re.sub(r"\W+", "-", dictionary.name)
     graph = make_graph(dictionary, contexts, clean, held, nodes, scores.flatten()[best], encoding,
                        probability, slug)
-    os.makedirs(out_dir, exist_ok=True)
     write_graph(out_dir, graph, predictions, site)
-    for shown in (predictions[0], *predictions[1::10], predictions[-1]):
+    print(FAITHFULNESS)
+    for shown in (*predictions[:-1:10], predictions[-1]):
         token, p = shown["top"][0]
         print(f"{shown['nodes']:>4} nodes: faithfulness {short(shown['faithfulness'])}, m "
               f"{shown['m']:.2f}, next {token!r} ({p:.0%})")

@@ -22,6 +22,8 @@ Conventions
   LAMBADA asks for every token of the last word to be the most likely one. A context that is too
   long loses its start. An item with an ending or a word of more than block_size tokens is
   unscorable: it is counted, and left out of the accuracy.
+- vs: loss_difference is the checkpoint's loss less that of --vs, so it is negative where the
+  checkpoint is better. Its standard error is of the pairs, window by window.
 - explained is of the MLP input's variance about its mean, by the best multiple of the code.
 - loss_dense and loss_zero are val losses when one layer's MLP reads its dense input, or zero,
   instead of its code, in the same weights. Their differences to the loss are paired by window.
@@ -598,6 +600,8 @@ def report(scores):
     """Print evaluate's scores."""
     for name, values in scores.items():
         print(f"{name}: {format_scores(values)}")
+        if name == "vs":
+            print(f"  (the loss of {ckpt} less that of {vs}: below 0, ckpt is the better)")
     for layer, values in enumerate(scores.get("codes", {"layers": []})["layers"]):
         words = [f"explained {shown(values['explained'])}"]
         for name in ("dense", "zero"):

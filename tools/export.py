@@ -44,7 +44,7 @@ from checkpoint import build_model, load_checkpoint
 from configurator import configure
 from data import atomic, get_tokenizer, write_json, write_text
 from tools import features
-from tools.evals import mean_and_error, window_losses
+from tools.evals import digest, mean_and_error, window_losses
 from tools.hf_folder import MODELING, PADDING, TESTED, hf_configs, inlined_source, padding_id
 from tools.model_card import model_card, read_corpus, read_run, without_paths
 from tools.runs import new_directory, run_data_dir, run_windows
@@ -101,6 +101,17 @@ def export_safetensors(model, checkpoint, directory):
 # -----------------------------------------------------------------------------
 # Hugging Face
 
+def of_weights(scores, weights):
+    """Scores of evals.json without those that are said to be of other weights (see digest)."""
+    kept = {}
+    for name, values in scores.items():
+        if values.get("weights", weights) == weights:
+            kept[name] = values
+        else:
+            print(f"evals.json has {name} of other weights than {ckpt}: it is left out of the card")
+    return kept
+
+
 def export_hf(model, checkpoint, directory):
     """A folder that transformers loads with trust_remote_code=True, and its card."""
     def path(name):
@@ -114,6 +125,7 @@ def export_hf(model, checkpoint, directory):
     for name, value in hf_configs(model, encoding).items():
         write_json(path(name), value)
     run, rows, scores = read_run(run_directory())
+    scores = of_weights(scores, digest(model))
     text, datasets, known_language = corpus, [], ""
     if not corpus:
         text, datasets, known_language = read_corpus(data_dir or run_data_dir(config))

@@ -991,7 +991,7 @@ def site_directory(model, windows):
     mark = os.path.join(out_dir, "unfinished")  # by which an interrupted run's is known
     codes = os.path.join(out_dir, "codes.bin")
     another = "choose another --out_dir, or remove it"
-    if os.path.exists(out_dir) and os.listdir(out_dir) and not os.path.exists(mark):
+    if os.path.isdir(out_dir) and os.listdir(out_dir) and not os.path.exists(mark):
         raise ValueError(f"{out_dir} is there already: {another}")
     with lock(out_dir):
         begun = os.path.exists(codes) and os.path.getsize(codes)

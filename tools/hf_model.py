@@ -198,10 +198,6 @@ class CayleyGPTForCausalLM(PreTrainedModel, GenerationMixin):
         self.gpt = GPT(GPTConfig(**settings))
         for block in self.gpt.blocks:
             block.__class__ = CheckpointedBlock
-        for sae in self.gpt.saes():
-            for name, buffer in sae.named_buffers(recurse=False):
-                if buffer.is_floating_point():  # in half precision sums of squares overflow
-                    setattr(sae, name, buffer.float())
         # two parameters, since transformers ties them itself, after loading
         self.gpt.lm_head.weight = nn.Parameter(self.gpt.wte.weight.detach().clone())
         self.post_init()

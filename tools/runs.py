@@ -46,7 +46,7 @@ def new_directory(path):
     """
     if not path.strip("/"):
         raise ValueError(f"out_dir={path!r}: must name a new directory")
-    if os.path.exists(path):
+    if os.path.lexists(path):  # a link to nothing, too
         raise ValueError(f"{path} is there already: choose another --out_dir, or remove it")
     partial = path.rstrip("/") + ".partial"
     mark = os.path.join(partial, ".unfinished")

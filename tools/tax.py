@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from configurator import configure
-from data import progress, write_text
+from data import make_directory, progress, write_text
 from tools import account
 from tools.report import line_chart, markdown, write_csv
 
@@ -94,7 +94,7 @@ def claim(directory, text):
         if old != text:
             raise ValueError(f"{directory} holds a run with {old!r}, not {text!r}: "
                              "choose another name or --out_dir")
-    os.makedirs(directory, exist_ok=True)
+    make_directory(directory)
     write_text(path, text)
 
 
