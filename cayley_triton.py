@@ -6,8 +6,9 @@ a Walsh-Hadamard transform in registers on the top level, else products of the s
 the chirps on the matrix units, which are exact because signs and chirps are +1 and -1, and x is
 split into parts of 8 bits. It also keeps the best score of every 8 features. The second finds the k
 best of those groups, then the k best features in them, by bisection of the score's bits. combine
-and project hold a token in registers, 32 coordinates a lane, and read an atom as bits. Sums are in
-fp32. Of equal scores the smaller feature wins; every run gives the same results.
+and project hold a token in registers, 32 coordinates a lane, and read an atom as bits. A few
+tokens, as sampling has them, are spread over many small programs instead. Sums are in fp32. Of
+equal scores the smaller feature wins; every run gives the same results.
 
 Importing this file is all it takes: cayley.py's operators then run these kernels on CUDA, but for
 shapes that supports() leaves out. `with enabled(False):` has PyTorch's run again; find_fault
