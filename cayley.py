@@ -29,6 +29,7 @@ The laws, each with the test in test_cayley.py that checks it:
 """
 import contextlib
 import functools
+import itertools
 import math
 import operator
 import warnings
@@ -466,11 +467,25 @@ def _unpack_plan(plan):
     return [_PlannedLevel(*plan[i:i + 3]) for i in range(0, len(plan), 3)]
 
 
+def _per_level(leaves, plan):
+    """select's leaves (N, K) as ids of their own levels, a list of (N, k)."""
+    levels = _unpack_plan(plan)
+    parts = leaves.split([level.k for level in levels], 1)
+    return [part >> (levels[-1].n - level.n) for part, level in zip(parts, levels)]
+
+
+def _among_all(leaves, plan):
+    """select's leaves (N, K) as numbers among all F features, (N, K)."""
+    starts = itertools.accumulate((2**level.n for level in _unpack_plan(plan)), initial=0)
+    return torch.cat([ids + start for ids, start in zip(_per_level(leaves, plan), starts)], 1)
+
+
 def _select_chunk(x, levels):
-    """select, for tokens x (N, d) few enough to score at once."""
+    """Leaves and products of select, for tokens x (N, d) few enough to score at once."""
     t = levels[0].n
+    deepest = levels[-1].n
     active = None  # of the level above, (N, k)
-    ids = []
+    leaves = []
     products = []
     for i, (n, k, m, scale, offset) in enumerate(levels):
         fixed = n - m
@@ -487,21 +502,24 @@ def _select_chunk(x, levels):
         score = torch.addcmul(block_offset, product, block_scale)
         top = _topk(score.flatten(1), k)  # (N, k), slot * 2^m + place in the block
         active = blocks.gather(1, top >> m) << m | top & (2**m - 1)
-        ids.append(active)
+        leaves.append(active << (deepest - n))
         products.append(product.flatten(1).gather(1, top))
-    return torch.cat(ids, 1), torch.cat(products, 1)
+    return torch.cat(leaves, 1), torch.cat(products, 1)
 
 
 def torch_select(
-    x: Tensor, scale: Tensor, offset: Tensor, plan: list[int]
+    x: Tensor, terms: Tensor, bias: Tensor, plan: list[int]
 ) -> tuple[Tensor, Tensor]:
     """
     Per level the k open features v with the largest <x, phi_v> * scale_v + offset_v.
 
-    x (N, d), scale and offset (F,), plan = n, k, m of each level, where a block has 2^m features
-    (all of a level that has no gate) -> ids (N, K), and products <x, phi_v> (N, K), which are
-    differentiable in x.
+    x (N, d), terms (4, F), bias (F,), plan = n, k, m of each level, where a block has 2^m features
+    (all of a level that has no gate). terms: scale and offset, then scale and shift of the codes
+    -> the features' leaves, that is their ids as the deepest level has them (p is p << shift
+    there), (N, K), and their codes <x, phi_v> * scale_v + shift_v + bias_v, (N, K), which are
+    differentiable in x and bias.
     """
+    scale, offset, code_scale, code_shift = terms
     d = x.shape[1]
     levels = []
     start = 0
@@ -521,8 +539,10 @@ def torch_select(
     step = max(1, _chunk_bytes(x.device) // token_bytes)
     with _autocast_off(x.device):
         parts = [_select_chunk(part, levels) for part in x.split(step)]
-    ids, products = zip(*parts)
-    return torch.cat(ids), torch.cat(products) * d**-0.5
+    leaves, products = map(torch.cat, zip(*parts))
+    features = _among_all(leaves, plan)
+    codes = products * d**-0.5 * code_scale[features] + code_shift[features]
+    return leaves, codes + bias.index_select(0, features.flatten()).view_as(codes)
 
 
 def torch_combine(ids: Tensor, weights: Tensor, t: int, n: int) -> Tensor:
@@ -581,9 +601,9 @@ def sum_by_index(values: Tensor, index: Tensor, n: int) -> Tensor:
 
 
 @select.register_fake
-def _(x, scale, offset, plan):
+def _(x, terms, bias, plan):
     K = sum(level.k for level in _unpack_plan(plan))
-    return x.new_empty(len(x), K, dtype=torch.int64), scale.new_empty(len(x), K)
+    return x.new_empty(len(x), K, dtype=torch.int64), terms.new_empty(len(x), K)
 
 
 @combine.register_fake
@@ -601,30 +621,35 @@ def _(values, index, n):
     return values.new_empty(n)
 
 
-def _deepest(ids, ns):
-    """
-    The same atoms as ids of the deepest level: per level ids (..., k) -> (..., K).
-
-    Levels nest: p is p << shift there.
-    """
-    return torch.cat([level_ids << (ns[-1] - n) for level_ids, n in zip(ids, ns)], -1)
+def _sums_by(index, values, n):
+    """Sums of values (M,) of equal index (M,) -> (n,), the same on every run."""
+    if values.is_cuda:
+        return sum_by_index(values, index, n)
+    return values.new_zeros(n).index_add_(0, index, values)
 
 
 def _select_setup(ctx, inputs, output):
-    x, _, _, plan = inputs
-    ids, _ = output
-    levels = _unpack_plan(plan)
-    ctx.dtype = x.dtype
-    ctx.t = levels[0].n
-    ctx.n = levels[-1].n
-    per_level = ids.split([level.k for level in levels], 1)
-    ctx.save_for_backward(_deepest(per_level, [level.n for level in levels]))
+    x, terms, bias, ctx.plan = inputs
+    leaves, _ = output
+    ctx.dtypes = x.dtype, bias.dtype
+    ctx.save_for_backward(leaves, terms)
 
 
 def _select_backward(ctx, _, grad):
-    (ids,) = ctx.saved_tensors
-    weights = (grad * 2 ** (-ctx.t / 2)).to(ctx.dtype)
-    return combine(ids, weights, ctx.t, ctx.n), None, None, None
+    leaves, terms = ctx.saved_tensors
+    x_dtype, bias_dtype = ctx.dtypes
+    levels = _unpack_plan(ctx.plan)
+    t = levels[0].n
+    features = _among_all(leaves, ctx.plan)
+    of_x = None
+    of_bias = None
+    if ctx.needs_input_grad[0]:
+        weights = grad * terms[2][features] * 2 ** (-t / 2)
+        of_x = combine(leaves, weights.to(x_dtype), t, levels[-1].n)
+    if ctx.needs_input_grad[2]:
+        sums = _sums_by(features.flatten(), grad.flatten(), terms.shape[1])
+        of_bias = sums.to(bias_dtype)
+    return of_x, None, of_bias, None
 
 
 def _combine_setup(ctx, inputs, output):
@@ -639,35 +664,6 @@ def _combine_backward(ctx, grad):
 
 select.register_autograd(_select_backward, setup_context=_select_setup)
 combine.register_autograd(_combine_backward, setup_context=_combine_setup)
-
-
-def _sums_by(index, values, n):
-    """Sums of values (M,) of equal index (M,) -> (n,), the same on every run."""
-    if values.is_cuda:
-        return sum_by_index(values, index, n)
-    return values.new_zeros(n).index_add_(0, index, values)
-
-
-class _Gather(torch.autograd.Function):
-    """_gather with a gradient that is the same on every run of a GPU."""
-
-    @staticmethod
-    def forward(ctx, bias, features):
-        ctx.save_for_backward(features)
-        ctx.n_features = len(bias)
-        return bias.index_select(0, features)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (features,) = ctx.saved_tensors
-        return sum_by_index(grad, features, ctx.n_features), None
-
-
-def _gather(bias, features):
-    """bias (F,), features (M,) -> bias[features]."""
-    if bias.is_cuda and torch.is_grad_enabled():
-        return _Gather.apply(bias, features)
-    return bias.index_select(0, features)
 
 
 # -----------------------------------------------------------------------------
@@ -745,7 +741,8 @@ class CayleySAE(nn.Module):
     The biases are the only parameters: bias (F,), a slice of level_slices per level. Buffers of
     that layout: mean and var of raw, and active_counts, activations since it was last zeroed. Call
     update_stats() after every optimizer step. edits: a list of Edits that every forward makes.
-    record: None, or a list to which every forward appends a Record.
+    record: None, or a list to which every forward appends a Record. constants: None, or terms()
+    computed before, which then stand for bias, mean and var when features are chosen.
 
     Raises ValueError for impossible levels.
     """
@@ -772,6 +769,7 @@ class CayleySAE(nn.Module):
         self.forward_standardized = forward_standardized
         self.edits = []
         self.record = None
+        self.constants = None
 
         self.block_bits = []  # a block of level i has 2^block_bits[i] features
         self.level_slices = []  # where the features of level i lie among all F
@@ -810,11 +808,13 @@ class CayleySAE(nn.Module):
         scale = self.var.clamp_min(self.min_var).rsqrt()
         return scale, -self.mean * scale
 
-    def _among_all(self, ids):
-        """select's ids (N, K), which count from 0 on each level, as numbers among all F."""
-        per_level = ids.split([level.k for level in self.levels], 1)
-        shifted = [i + where.start for i, where in zip(per_level, self.level_slices)]
-        return torch.cat(shifted, 1)
+    def terms(self):
+        """What select reads of the features but their biases, (4, F)."""
+        scale, shift = self.standardization()
+        offset = self.bias.detach() + shift
+        if self.forward_standardized:
+            return torch.stack([scale, offset, scale, shift])
+        return torch.stack([scale, offset, torch.ones_like(scale), torch.zeros_like(shift)])
 
     def _flat(self, x):
         """x (..., d) as the operators take it, (N, d)."""
@@ -827,27 +827,30 @@ class CayleySAE(nn.Module):
 
         In training it also accumulates statistics. Raises ValueError for another width.
         """
+        return self._codes(*self._select(x), x.shape[:-1])
+
+    def _select(self, x):
+        """encode for x (..., d) as select has it: leaves and codes (N, K)."""
         if x.dim() < 2 or x.shape[-1] != self.n_embd:
             raise ValueError(
                 f"input of shape {tuple(x.shape)}: must be (..., tokens, n_embd={self.n_embd})"
             )
         _refuse_transforms(x, self.bias)
-        flat = self._flat(x)
-        scale, shift = self.standardization()
-        ids, values = select(flat, scale, self.bias.detach() + shift, self.plan)  # (N, K)
-        features = self._among_all(ids)
-        if self.forward_standardized:
-            values = values * scale[features] + shift[features]
-        values = values + _gather(self.bias, features.flatten()).view_as(values)
+        terms = self.terms() if self.constants is None else self.constants
+        leaves, values = select(self._flat(x), terms, self.bias, self.plan)
         if self.training and not _recomputing():
-            self._accumulate(x, features)
+            self._accumulate(x, _among_all(leaves, self.plan))
+        return leaves, values
+
+    def _codes(self, leaves, values, shape):
+        """Codes of every level, (*shape, k), of _select's results."""
         codes = []
         start = 0
-        for _, k, _ in self.levels:
+        for ids in _per_level(leaves, self.plan):
+            k = ids.shape[1]
             # slices and not split, whose results autograd doesn't let one change in place
-            shape = (*x.shape[:-1], k)
-            level_ids = ids[:, start:start + k].reshape(shape)
-            codes.append(Codes(level_ids, values[:, start:start + k].reshape(shape)))
+            level_values = values[:, start:start + k]
+            codes.append(Codes(ids.view(*shape, k), level_values.reshape(*shape, k)))
             start += k
         return codes
 
@@ -857,17 +860,26 @@ class CayleySAE(nn.Module):
 
         Levels at the end may be missing.
         """
-        ids = _deepest([c.ids for c in codes], [level.n for level in self.levels])  # (..., K)
-        values = torch.cat([c.values for c in codes], -1) * 2 ** (-self.t / 2)
+        # levels nest: p is p << shift on the deepest
+        leaves = [c.ids << (self.n - level.n) for c, level in zip(codes, self.levels)]
+        leaves = torch.cat(leaves, -1)  # (..., K)
+        values = torch.cat([c.values for c in codes], -1)
         _refuse_transforms(values)
-        values = values.to(_autocast_dtype(values.device) or self.bias.dtype)
-        K = ids.shape[-1]
-        out = combine(ids.view(-1, K), values.view(-1, K), self.t, self.n)
-        return out.view(*ids.shape[:-1], self.n_embd)
+        out = self._combine(leaves.flatten(0, -2), values.flatten(0, -2))
+        return out.view(*leaves.shape[:-1], self.n_embd)
+
+    def _combine(self, leaves, values):
+        """The sum of values * atoms of leaves (N, K), (N, d)."""
+        weights = values * 2 ** (-self.t / 2)
+        weights = weights.to(_autocast_dtype(weights.device) or self.bias.dtype)
+        return combine(leaves, weights, self.t, self.n)
 
     def forward(self, x):
         """x (..., d) -> its reconstruction from the active features after self.edits, (..., d)."""
-        codes = self.edit(self.encode(x), self.edits)
+        leaves, values = self._select(x)
+        if not self.edits and self.record is None:
+            return self._combine(leaves, values).view(x.shape)
+        codes = self.edit(self._codes(leaves, values, x.shape[:-1]), self.edits)
         if self.record is not None:
             self.record.append(Record(x, codes))
         return self.decode(codes)

@@ -6,8 +6,9 @@ a Walsh-Hadamard transform in registers on the top level, else products of the s
 the chirps on the matrix units, which are exact because signs and chirps are +1 and -1, and x is
 split into parts of 8 bits. It also keeps the best score of every 8 features. The second finds the k
 best of those groups, then the k best features in them, by bisection of the score's bits. combine
-and project hold a token in registers, 32 coordinates a lane, and read an atom as bits. Sums are in
-fp32. Of equal scores the smaller feature wins; every run gives the same results.
+and project hold a token in registers, 32 coordinates a lane, and read an atom as bits. A few
+tokens, as sampling has them, are spread over many small programs instead. Sums are in fp32. Of
+equal scores the smaller feature wins; every run gives the same results.
 
 Importing this file is all it takes: cayley.py's operators then run these kernels on CUDA, but for
 shapes that supports() leaves out. `with enabled(False):` has PyTorch's run again; find_fault
@@ -26,6 +27,7 @@ import triton.language as tl
 import cayley
 
 SCRATCH_BYTES = 2**29  # select takes at most about so many bytes of tokens at a time
+FEW = 16  # up to so many tokens are spread over more programs
 GROUP = 8  # features that share one entry in the first search
 
 # -----------------------------------------------------------------------------
@@ -147,6 +149,80 @@ def block_products(
             tl.store(best + where, score, mask=known[:, None] & (of_tail < chirp_count // group))
 
 
+# A word holds an atom's signs at 32 coordinates: bit i of word w is 1 where coordinate i * d/32 + w
+# is negative. An atom's words are a Walsh function's XOR a chirp's. Sums of +-a are the sum of all
+# a minus twice the sum of the negative ones: one predicated addition an element.
+
+
+@triton.jit
+def _words(walsh, chirps, feature, c, lane, words: tl.constexpr):
+    first = tl.load(walsh + (feature >> c) * words + lane)
+    return first ^ tl.load(chirps + (feature & ((1 << c) - 1)) * words + lane)
+
+
+@triton.jit
+def _parts(y, token, lane, words: tl.constexpr):
+    """A token of y (N, 32 * words), 32 coordinates a lane: their sums, and a tuple of them."""
+    total = tl.zeros((words,), tl.float32)
+    parts = ()
+    for i in tl.static_range(32):
+        part = tl.load(y + token * (32 * words) + i * words + lane).to(tl.float32)
+        total += part
+        parts = parts + (part,)
+    return total, parts
+
+
+@triton.jit
+def _signed_sum(total, parts, word):
+    """The product of a token, as _parts has it, with an atom of signs word (words,)."""
+    negative = tl.zeros(word.shape, tl.float32)
+    for i in tl.static_range(32):
+        negative = tl.where((word >> i) & 1 != 0, negative + parts[i], negative)
+    return tl.sum(total - 2 * negative, 0)
+
+
+@triton.jit
+def _features(blocks, candidate, known, block_size: tl.constexpr, gated: tl.constexpr):
+    """Features of candidates, places among a token's products, and which of them are open."""
+    feature = candidate
+    if gated:
+        block = tl.load(blocks + candidate // block_size, mask=known, other=-1)
+        known = block >= 0
+        feature = tl.where(known, block, ~block) * block_size + candidate % block_size
+    return feature, known
+
+
+@triton.jit
+def few_products(
+    x, blocks, scale, offset, walsh, chirps, products, best,
+    first: tl.constexpr, gated: tl.constexpr, slots: tl.constexpr, block_size: tl.constexpr,
+    c: tl.constexpr, words: tl.constexpr, inv_sqrt_d: tl.constexpr, group: tl.constexpr,
+):
+    """
+    What top_products and block_products do, for few tokens: 8 products a program.
+
+    Many small programs, each by the atoms' words as project_atoms, in place of few large ones.
+    """
+    token = tl.program_id(0)
+    size: tl.constexpr = slots * block_size
+    lane = tl.arange(0, words)
+    total, parts = _parts(x, token, lane, words)
+    most = -float("inf")
+    for i in tl.static_range(8):
+        candidate = tl.program_id(1) * 8 + i
+        known = candidate < size
+        feature, opens = _features(blocks + token * slots, candidate, known, block_size, gated)
+        word = _words(walsh, chirps, feature, c, lane, words)
+        product = _signed_sum(total, parts, word) * inv_sqrt_d
+        tl.store(products + token * size + candidate, product, mask=known)
+        if group > 1:
+            score = product * tl.load(scale + first + feature)
+            score += tl.load(offset + first + feature, mask=opens, other=-float("inf"))
+            most = tl.maximum(most, score)
+    if group > 1:
+        tl.store(best + token * (size // group) + tl.program_id(1), most)
+
+
 # -----------------------------------------------------------------------------
 # select, second kernel of a level: the k best
 
@@ -217,25 +293,16 @@ def _open_next(next_blocks, block, i, work, k: tl.constexpr):
 
 
 @triton.jit
-def _features(blocks, candidate, known, block_size: tl.constexpr, gated: tl.constexpr):
-    """Features of candidates, places among a token's products, and which of them are open."""
-    feature = candidate
-    if gated:
-        block = tl.load(blocks + candidate // block_size, mask=known, other=-1)
-        known = block >= 0
-        feature = tl.where(known, block, ~block) * block_size + candidate % block_size
-    return feature, known
-
-
-@triton.jit
 def pick(
-    products, best, blocks, scale, offset, ids, values, next_blocks, work,
+    products, best, blocks, scale, offset, code_scale, code_shift, bias, leaves, codes, next_blocks,
+    work,
     first: tl.constexpr, gated: tl.constexpr, slots: tl.constexpr, block_size: tl.constexpr,
     k: tl.constexpr, padded_k: tl.constexpr, parts: tl.constexpr, padded_size: tl.constexpr,
-    group: tl.constexpr, columns: tl.constexpr, column: tl.constexpr, next_shift: tl.constexpr,
+    group: tl.constexpr, columns: tl.constexpr, column: tl.constexpr, leaf_shift: tl.constexpr,
+    next_shift: tl.constexpr,
 ):
     """
-    One token a program: the k features with the largest scores, largest first, into ids and values
+    One token a program: the k features with the largest scores, largest first, as leaves and codes
     (N, columns).
 
     first: the level's first feature in scale and offset. next_blocks (N, k), unless next_shift < 0:
@@ -273,16 +340,19 @@ def pick(
     candidate = tl.where(real, candidate, 0)
 
     feature, _ = _features(blocks, candidate, real, block_size, gated)
-    value = tl.load(products + candidate)
-    score = value * tl.load(scale + feature).to(tl.float32)
+    product = tl.load(products + candidate)
+    score = product * tl.load(scale + feature).to(tl.float32)
     score += tl.load(offset + feature).to(tl.float32)
+    code = product * tl.load(code_scale + first + feature).to(tl.float32)
+    code += tl.load(code_shift + first + feature).to(tl.float32)
+    code += tl.load(bias + first + feature).to(tl.float32)
     key = tl.where(real, _ordered(score), -2147483648)
     other = _spread(key, i, work)
     before = (other > key[:, None]) | ((other == key[:, None]) & (i[None, :] < i[:, None]))
     rank = tl.sum(before.to(tl.int32), 1)  # (padded_k,)
     place = token * columns + column + rank
-    tl.store(ids + place, feature.to(tl.int64), mask=real)
-    tl.store(values + place, value.to(values.dtype.element_ty), mask=real)
+    tl.store(leaves + place, feature.to(tl.int64) << leaf_shift, mask=real)
+    tl.store(codes + place, code.to(codes.dtype.element_ty), mask=real)
 
     if next_shift >= 0:
         block = tl.where(real, feature >> next_shift, 2147483647)
@@ -290,38 +360,40 @@ def pick(
 
 
 # -----------------------------------------------------------------------------
-# combine and project. A word holds an atom's signs at 32 coordinates: bit i of word w is 1 where
-# coordinate i * d/32 + w is negative. An atom's words are a Walsh function's XOR a chirp's. Sums of
-# +-a are the sum of all a minus twice the sum of the negative ones: one predicated addition an
-# element.
+# combine and project
 
 
 @triton.jit
-def _words(walsh, chirps, feature, c, lane, words: tl.constexpr):
-    first = tl.load(walsh + (feature >> c) * words + lane)
-    return first ^ tl.load(chirps + (feature & ((1 << c) - 1)) * words + lane)
+def combine_atoms(
+    ids, weights, walsh, chirps, out, K, c,
+    words: tl.constexpr, lanes: tl.constexpr, step: tl.constexpr,
+):
+    """
+    ids and weights (N, K), of the t + c bits' level -> (N, 32 * words).
 
-
-@triton.jit
-def combine_atoms(ids, weights, walsh, chirps, out, K, c, words: tl.constexpr):
-    """One token a program: ids and weights (N, K), of the t + c bits' level -> (N, 32 * words)."""
+    A program makes the coordinates of some words of a token, step atoms at a time.
+    """
     token = tl.program_id(0).to(tl.int64)
-    lane = tl.arange(0, words)
-    total = 0.0
+    lane = tl.program_id(1) * lanes + tl.arange(0, lanes)
+    total = tl.zeros((step,), tl.float32)
     negative = ()
     for _ in tl.static_range(32):
-        negative = negative + (tl.zeros((words,), tl.float32),)
-    for k in range(K):
-        weight = tl.load(weights + token * K + k).to(tl.float32)
-        word = _words(walsh, chirps, tl.load(ids + token * K + k).to(tl.int32), c, lane, words)
+        negative = negative + (tl.zeros((step, lanes), tl.float32),)
+    for start in range(0, K, step):
+        k = start + tl.arange(0, step)
+        weight = tl.load(weights + token * K + k, mask=k < K, other=0).to(tl.float32)
+        atom = tl.load(ids + token * K + k, mask=k < K, other=0).to(tl.int32)
+        word = _words(walsh, chirps, atom[:, None], c, lane[None, :], words)  # (step, lanes)
         total += weight
         sums = ()
         for i in tl.static_range(32):
-            sums = sums + (tl.where((word >> i) & 1 != 0, negative[i] + weight, negative[i]),)
+            more = negative[i] + weight[:, None]
+            sums = sums + (tl.where((word >> i) & 1 != 0, more, negative[i]),)
         negative = sums
     out += token * (32 * words) + lane
     for i in tl.static_range(32):
-        tl.store(out + i * words, (total - 2 * negative[i]).to(out.dtype.element_ty))
+        sums = tl.sum(total, 0) - 2 * tl.sum(negative[i], 0)
+        tl.store(out + i * words, sums.to(out.dtype.element_ty))
 
 
 @triton.jit
@@ -329,19 +401,11 @@ def project_atoms(y, ids, walsh, chirps, out, K, c, words: tl.constexpr):
     """One token a program: y (N, 32 * words), ids (N, K) of the t + c bits' level -> (N, K)."""
     token = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, words)
-    total = tl.zeros((words,), tl.float32)
-    parts = ()
-    for i in tl.static_range(32):
-        part = tl.load(y + token * (32 * words) + i * words + lane).to(tl.float32)
-        total += part
-        parts = parts + (part,)
+    total, parts = _parts(y, token, lane, words)
     # unrolled, since ptxas then reads signs seven at a time
     for k in tl.range(0, K, loop_unroll_factor=4):
         word = _words(walsh, chirps, tl.load(ids + token * K + k).to(tl.int32), c, lane, words)
-        negative = tl.zeros((words,), tl.float32)
-        for i in tl.static_range(32):
-            negative = tl.where((word >> i) & 1 != 0, negative + parts[i], negative)
-        product = tl.sum(total - 2 * negative, 0)
+        product = _signed_sum(total, parts, word)
         tl.store(out + token * K + k, product.to(out.dtype.element_ty))
 
 
@@ -433,6 +497,21 @@ def _top_launch(t, k):
     return Launch(top_products, constants)
 
 
+def _few_launch(t, n, m, slots, first, group):
+    """Products of any level for few tokens."""
+    constants = {
+        "first": first,
+        "gated": m < n,
+        "slots": slots,
+        "block_size": 2**m,
+        "c": n - t,
+        "words": 2**t // 32,
+        "inv_sqrt_d": 2 ** (-t / 2),
+        "group": group,
+    }
+    return Launch(few_products, constants)
+
+
 def _block_launch(t, n, m, k, slots, first, dtype):
     """Products of a gated level; a matrix product wants at least 16 of each dimension."""
     head = min(n - m, t)
@@ -464,7 +543,7 @@ def _block_launch(t, n, m, k, slots, first, dtype):
     return Launch(block_products, constants, tokens, 8 if size > 8192 else 4, registers)
 
 
-def _pick_launch(n, m, k, slots, first, group, columns, column, next_shift):
+def _pick_launch(n, m, k, slots, first, group, columns, column, leaf_shift, next_shift):
     padded_k = max(8, _power_of_two(k))
     padded_size = _power_of_two(slots) * 2**m
     constants = {
@@ -479,17 +558,18 @@ def _pick_launch(n, m, k, slots, first, group, columns, column, next_shift):
         "group": group,
         "columns": columns,
         "column": column,
+        "leaf_shift": leaf_shift,
         "next_shift": next_shift,
     }
     return Launch(pick, constants)
 
 
 @functools.cache
-def level_launches(plan, dtype=torch.bfloat16):
+def level_launches(plan, dtype=torch.bfloat16, few=False):
     """
     What select launches for x of dtype, LevelLaunches of each level.
 
-    plan: n, k, m of each level, a tuple, as cayley.select takes it.
+    plan: n, k, m of each level, a tuple, as cayley.select takes it; few: for at most FEW tokens.
     """
     t = plan[0]
     levels = list(zip(plan[::3], plan[1::3], plan[2::3]))
@@ -503,14 +583,21 @@ def level_launches(plan, dtype=torch.bfloat16):
         else:
             slots = slots if m < n else 1
             products = _block_launch(t, n, m, k, slots, first, dtype)
+        group = products.constants["group"]
+        if few:
+            products = _few_launch(t, n, m, slots, first, group)
         next_shift = -1
         if i + 1 < len(levels):
             next_n, _, next_m = levels[i + 1]
             if next_m < next_n:
                 next_shift = n - (next_n - next_m)
-        group = products.constants["group"]
         columns = sum(plan[1::3])
-        picks = _pick_launch(n, m, k, slots, first, group, columns, column, next_shift)
+        leaf_shift = levels[-1][0] - n
+        picks = _pick_launch(
+            n, m, k, slots, first, group, columns, column, leaf_shift, next_shift
+        )
+        if few:
+            picks = picks._replace(warps=4)
         launches.append(LevelLaunches(n, k, m, products, picks))
         column += k
         first += 2**n
@@ -578,38 +665,44 @@ class enabled:
         _enabled = self.before
 
 
-def select(x, scale, offset, plan):
-    """x (N, d), scale and offset (F,), plan -> ids (N, K) int64, products (N, K) as scale."""
+def select(x, terms, bias, plan):
+    """x (N, d), terms (4, F), bias (F,), plan -> leaves (N, K) int64, codes (N, K) as terms."""
     plan = tuple(plan)
     if not _enabled or not supports(plan[0], plan, x.dtype):
-        return cayley.torch_select(x, scale, offset, list(plan))
+        return cayley.torch_select(x, terms, bias, list(plan))
     x = x.contiguous()
-    scale = scale.contiguous()
-    offset = offset.contiguous()
-    ids = x.new_empty((len(x), sum(plan[1::3])), dtype=torch.int64)
-    values = scale.new_empty(ids.shape)
+    terms = [*terms.contiguous(), bias.contiguous()]
+    leaves = x.new_empty((len(x), sum(plan[1::3])), dtype=torch.int64)
+    codes = terms[0].new_empty(leaves.shape)
     step = max(1, SCRATCH_BYTES // (4 * scratch_sizes(plan)[0]))
     with torch.cuda.device_of(x):
-        if 0 < len(x) <= step:
-            _select_chunk(x, scale, offset, plan, ids, values)
-            return ids, values
         for start in range(0, len(x), step):
             part = slice(start, start + step)
-            _select_chunk(x[part], scale, offset, plan, ids[part], values[part])
-    return ids, values
+            _select_chunk(x[part], terms, plan, leaves[part], codes[part])
+    return leaves, codes
 
 
-def _select_chunk(x, scale, offset, plan, ids, values):
-    """select for x (N, d) into ids and values (N, K), N so small that 32 bits count its scratch."""
+def _select_chunk(x, terms, plan, leaves, codes):
+    """
+    select for x (N, d) into leaves and codes (N, K), N so small that 32 bits count its scratch.
+
+    terms: five (F,), the last the biases.
+    """
     N = len(x)
     t = plan[0]
+    scale, offset, *_ = terms
     scratch, lanes = scratch_sizes(plan)
     products = x.new_empty((N, scratch), dtype=torch.float32)
     best = x.new_empty((N, scratch // GROUP), dtype=torch.float32)
     work = x.new_empty((N, lanes), dtype=torch.int32)
     blocks = work  # of the level; the top level has none
-    for n, k, m, first, picks in level_launches(plan, x.dtype):
-        if first.kernel is top_products:
+    for n, k, m, first, picks in level_launches(plan, x.dtype, N <= FEW):
+        grid = (triton.cdiv(N, first.tokens),)
+        if first.kernel is few_products:
+            tables = _word_tables(t, n, x.device)
+            arguments = (x, blocks, scale, offset, *tables, products, best)
+            grid = (N, triton.cdiv(picks.constants["slots"] * 2**m, 8))
+        elif first.kernel is top_products:
             arguments = (x, scale, offset, products, best)
         else:
             tables = (
@@ -618,17 +711,23 @@ def _select_chunk(x, scale, offset, plan, ids, values):
                 cayley._walsh(t - min(n - m, t), torch.float32, x.device),
             )
             arguments = (x, blocks, scale, offset, *tables, products, best, N)
-        first.kernel[(triton.cdiv(N, first.tokens),)](
-            *arguments, **first.options(), **first.constants
-        )
+        first.kernel[grid](*arguments, **first.options(), **first.constants)
         next_blocks = work
         if picks.constants["next_shift"] >= 0:
             next_blocks = x.new_empty((N, k), dtype=torch.int32)
         picks.kernel[(N,)](
-            products, best, blocks, scale, offset, ids, values, next_blocks, work,
+            products, best, blocks, *terms, leaves, codes, next_blocks, work,
             **picks.options(), **picks.constants,
         )
         blocks = next_blocks
+
+
+def combine_constants(t, N, K):
+    """How N tokens of K atoms are combined; words of a program, and atoms at a time."""
+    words = 2**t // 32
+    if N <= FEW:
+        return {"words": words, "lanes": 1, "step": min(32, _power_of_two(K))}
+    return {"words": words, "lanes": words, "step": 1}
 
 
 def combine(ids, weights, t, n):
@@ -640,10 +739,11 @@ def combine(ids, weights, t, n):
     N, K = ids.shape
     out = weights.new_empty((N, 2**t))
     walsh, chirps = _word_tables(t, n, weights.device)
+    constants = combine_constants(t, N, K)
     if N:
         with torch.cuda.device_of(weights):
-            combine_atoms[(N,)](
-                ids, weights, walsh, chirps, out, K, n - t, words=2**t // 32, num_warps=1
+            combine_atoms[(N, constants["words"] // constants["lanes"])](
+                ids, weights, walsh, chirps, out, K, n - t, **constants, num_warps=1
             )
     return out
 
@@ -678,10 +778,10 @@ register("cuda")
 # the check at the start of a run
 
 
-def _by_id(ids, products):
-    """A selection's ids and products (N, K), each token's in the order of its ids."""
-    order = ids.argsort(dim=1, stable=True)
-    return ids.gather(1, order), products.gather(1, order)
+def _by_id(leaves, codes):
+    """A selection's leaves and codes (N, K), each token's in the order of its leaves."""
+    order = leaves.argsort(dim=1, stable=True)
+    return leaves.gather(1, order), codes.gather(1, order)
 
 
 @torch.no_grad()
@@ -692,25 +792,21 @@ def find_fault(sae, x):
     sae: a CayleySAE; x (..., d): a batch of its input, under the autocast of training.
     """
     x = sae._flat(x)  # (N, d)
-    scale, shift = sae.standardization()
-    arguments = (scale, sae.bias + shift, sae.plan)
+    arguments = (sae.terms(), sae.bias, sae.plan)
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # TF32 would decide near ties its own way
-    theirs = cayley.torch_select(x.float(), *arguments)
+    leaves, their_codes = _by_id(*cayley.torch_select(x.float(), *arguments))
     torch.set_float32_matmul_precision(precision)
-    ids, products = _by_id(*select(x, *arguments))
-    their_ids, their_products = _by_id(*theirs)
-    same = (ids == their_ids).all(1)  # (N,), true but where scores nearly tie
+    our_leaves, codes = _by_id(*select(x, *arguments))
+    same = (our_leaves == leaves).all(1)  # (N,), true but where scores nearly tie
     share = same.float().mean().item()
     if share < 0.99:
         return f"{1 - share:.1%} of the tokens have other active features"
-    k = sae.levels[-1].k
-    leaves = theirs[0][:, -k:].contiguous()
-    weights = theirs[1][:, -k:].to(x.dtype)
+    weights = their_codes.to(x.dtype)
     their_sums = cayley.torch_combine(leaves, weights.float(), sae.t, sae.n)
     their_parts = cayley.torch_project(x.float(), leaves, sae.t, sae.n)
     pairs = {
-        "select": (products[same], their_products[same]),
+        "select": (codes[same], their_codes[same]),
         "combine": (combine(leaves, weights, sae.t, sae.n), their_sums),
         "project": (project(x, leaves, sae.t, sae.n), their_parts),
     }

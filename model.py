@@ -125,8 +125,9 @@ class DecodingStep:
     A GPT's reading of one token after those in a KVCache: on CUDA a graph, launched as a whole.
 
     So that a graph can replay it, it runs the same kernels on the same memory for every token:
-    token and position lie on the device, and attention reads the whole cache behind a mask. A graph
-    is captured at the first call, and anew after a layer's edits have changed.
+    token and position lie on the device, and attention reads the whole cache behind a mask. What
+    the CayleySAEs compute from statistics and biases alone is computed once. A graph is captured at
+    the first call, and anew after a layer's edits, statistics or biases have changed.
     """
 
     def __init__(self, model, cache):
@@ -139,7 +140,8 @@ class DecodingStep:
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
         self.places = torch.arange(cache.kv.shape[4], device=device)
         self.graph = None
-        self.edits = None  # of every layer, in the graph
+        self.state = None  # of the layers, for which graph and constants were made
+        self.constants = []  # of every layer
         self.logits = None  # (B, 1, V), which the graph writes
 
     def append(self, layer, k, v):
@@ -153,7 +155,13 @@ class DecodingStep:
         """Logits (B, 1, V)."""
         mask = torch.where(self.places <= self.position, 0.0, -math.inf)  # (block_size,)
         mask = mask.to(self.cache.kv.dtype)
-        return self.model.head(self.model.read(self.token, self.position, self, mask))
+        for sae, constants in zip(self.saes, self.constants):
+            sae.constants = constants
+        try:
+            return self.model.head(self.model.read(self.token, self.position, self, mask))
+        finally:
+            for sae in self.saes:
+                sae.constants = None
 
     def capture(self):
         """Record run() as self.graph, as PyTorch asks for: after a run on a side stream."""
@@ -178,12 +186,18 @@ class DecodingStep:
         self.token.copy_(token)
         self.position.fill_(self.cache.length)
         self.cache.length += 1
+        state = []
+        for sae in self.saes:
+            # an operation in place counts a tensor's version up
+            versions = [tensor._version for tensor in (sae.bias, sae.mean, sae.var)]
+            state.append((list(sae.edits), versions))
+        if state != self.state:
+            self.constants = [sae.terms() for sae in self.saes]
+            if token.is_cuda:
+                self.capture()
+            self.state = state
         if not token.is_cuda:
             return self.run()
-        edits = [list(sae.edits) for sae in self.saes]
-        if edits != self.edits:
-            self.capture()
-            self.edits = edits
         self.graph.replay()
         return self.logits
 

@@ -29,7 +29,7 @@ def scoring_flops(n_embd, levels, n_tokens=64):
     By the profiler: FlopCounterMode doesn't see what an operator of torch.library does inside.
     """
     sae = CayleySAE(n_embd, levels)
-    inputs = torch.randn(n_tokens, n_embd), torch.ones_like(sae.bias), torch.zeros_like(sae.bias)
+    inputs = torch.randn(n_tokens, n_embd), sae.terms(), sae.bias
     with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], with_flops=True) as profiler:
         cayley.select(*inputs, sae.plan)
     products = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")

@@ -5,7 +5,7 @@ from torch import func
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from cayley import CayleySAE, Codes, Edit, Level, _Gather, label_bits, plain_encode, sum_by_index
+from cayley import CayleySAE, Codes, Edit, Level, label_bits, plain_encode, sum_by_index
 from model import GPT, GPTConfig
 
 LEVELS = "5,4,0;9,5,16"
@@ -184,12 +184,17 @@ def test_the_biases_gradient_is_that_of_indexing():
     features = torch.randint(50, (4000,))
     weight = torch.randn(4000)
     (expected,) = torch.autograd.grad((bias.double()[features] * weight).sum(), bias)
-    compiled = torch.compile(_Gather.apply, fullgraph=True, backend="aot_eager")
-    for gather in (_Gather.apply, compiled):
-        values = gather(bias, features)
-        assert torch.equal(values, bias[features])
-        (gradient,) = torch.autograd.grad((values * weight).sum(), bias)
-        torch.testing.assert_close(gradient, expected)
+    torch.testing.assert_close(sum_by_index(weight, features, 50), expected)
+    sums = torch.compile(sum_by_index, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(sums(weight, features, 50), expected)
+    # and of a layer with as many features, all of them active
+    sae = CayleySAE(32, "5,32,0").eval()
+    x = torch.randn(20, 32)
+    ids, values = sae.encode(x)[0]
+    weight = torch.randn(20, 32)
+    (expected,) = torch.autograd.grad((sae.bias.double()[ids] * weight).sum(), sae.bias)
+    (gradient,) = torch.autograd.grad((values * weight).sum(), sae.bias)
+    torch.testing.assert_close(gradient, expected)
 
 
 def test_shapes_on_a_device_that_is_neither_cpu_nor_cuda():

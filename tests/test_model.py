@@ -150,6 +150,24 @@ def test_edits_records_and_hooks_may_begin_between_tokens(monkeypatch):
     assert torch.equal(plain[:, :6], texts[0][:, :6]) and not torch.equal(plain, texts[0])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["bias", "mean", "var"])
+def test_biases_and_statistics_may_change_between_tokens(name):
+    """A decoding step, which computes what follows from them once, gives a forward's logits."""
+    model = small_gpt().eval()
+    idx = torch.randint(65, (2, 8))
+    caches = [KVCache(model.config, 2, idx.device, torch.float32) for _ in range(2)]
+    for cache in caches:
+        model(idx[:, :4], cache=cache)
+    step = DecodingStep(model, caches[0])
+    for place in range(4, 8):
+        token = idx[:, place:place + 1]
+        logits = step(token)
+        torch.testing.assert_close(logits, model(token, cache=caches[1])[0])
+        for sae in model.saes():
+            getattr(sae, name)[place::3] += 3
+
+
 def test_greedy_takes_the_most_likely_token_and_padding_is_never_sampled():
     model = small_gpt()
     prompt = torch.randint(65, (2, 5))

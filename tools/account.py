@@ -105,11 +105,8 @@ def activation_bytes(config, n_tokens, bf16=True, fused_norm=True):
 
 
 def sae_activation_bytes(config):
-    """Of a CayleySAE, a token: ids for select, for combine and for the bias; the codes' scales."""
-    levels = layer_levels(config)
-    active = sum(level.k for level in levels)
-    scales = 4 if config.forward_standardized else 0
-    return active * (3 * 8 + scales)
+    """Of a CayleySAE, a token: the active features, which select and combine save together."""
+    return 8 * sum(level.k for level in layer_levels(config))
 
 
 def loss_bytes(config, n_tokens, bf16=True, compiled=False):

@@ -407,16 +407,13 @@ def tensor_bytes(*tensors):
 def operator_functions(x, levels):
     """{operator: (function of x, the bytes of its arguments and results)}: x (N, d)."""
     sae = CayleySAE(x.shape[1], levels).to(device)
-    scale, offset = torch.ones_like(sae.bias), torch.zeros_like(sae.bias)
-    ids, products = cayley.select(x, scale, offset, sae.plan)
-    # p is p << shift on the deepest level, of which combine and project take ids
-    shifts = [sae.n - level.n for level in sae.levels for _ in range(level.k)]
-    ids = ids << torch.tensor(shifts, device=device)
+    terms = sae.terms()
+    ids, codes = cayley.select(x, terms, sae.bias, sae.plan)
     weights = torch.ones_like(ids, dtype=x.dtype)
     return {
         "select": (
-            lambda x: cayley.select(x, scale, offset, sae.plan),
-            tensor_bytes(x, scale, offset, ids, products),
+            lambda x: cayley.select(x, terms, sae.bias, sae.plan),
+            tensor_bytes(x, terms, sae.bias, ids, codes),
         ),
         "combine": (
             lambda x: cayley.combine(ids, x[:, :1] * weights, sae.t, sae.n),
@@ -438,11 +435,11 @@ def agreement(exact, other):
     A token has equal ids also where those that differ nearly tie. A tie may open other blocks on
     the level below, so a few tokens in a thousand differ without a fault.
     """
-    (ids, products), (other_ids, other_products) = exact["select"], other["select"]
+    (ids, codes), (other_ids, other_codes) = exact["select"], other["select"]
     same = (ids == other_ids).all(1)  # (N,)
-    ranked = products.sort(1).values - other_products.sort(1).values
+    ranked = codes.sort(1).values - other_codes.sort(1).values
     tied = ranked.abs().amax(1) < NEAR
-    off = (products - other_products)[same]
+    off = (codes - other_codes)[same]
     row = {"tokens with equal ids %": 100 * (same | tied).double().mean().item()}
     row["select off by"] = off.abs().max().item() if len(off) else float("nan")
     for key in ("combine", "project"):

@@ -164,7 +164,9 @@ class GradientSAE(CayleySAE):
         scale, shift = self.standardization()
         offset = self.bias.detach() + shift
         plan = [n, k + self.near_misses, n]
-        ids, products = select(self._flat(x), scale[where], offset[where], plan)
+        ones, zeros = torch.ones_like(scale[where]), torch.zeros_like(scale[where])
+        terms = torch.stack([scale[where], offset[where], ones, zeros])
+        ids, products = select(self._flat(x), terms, zeros, plan)  # codes without scale or bias
         is_active = torch.zeros(len(ids), self.n_embd, dtype=torch.bool, device=ids.device)
         is_active.scatter_(1, active.reshape(len(ids), -1), True)
         near = Codes(ids, products.masked_fill(is_active.gather(1, ids), 0))

@@ -3,11 +3,13 @@ Compiles the kernels of cayley_triton.py without a GPU, at the published recipes
 
     python records/kernels/compiled.py                    # for sm_80, sm_90, sm_100, sm_120
     python records/kernels/compiled.py --arch=90 --levels="10,16,0;15,32,256"
+    python records/kernels/compiled.py --few --dtype=float32   # for 1 to 16 tokens, as in sampling
     python records/kernels/compiled.py --designs          # what was weighed, on sm_80
 
 Per kernel: registers, stack (spills), shared memory, blocks a multiprocessor holds, instructions in
 its SASS and in its loops, and warp instructions a token, where an instruction of a loop counts as
-often as the loop runs. Needs triton, whose wheel brings ptxas and cuobjdump.
+often as the loop runs (of the launches for few tokens, where many programs make a token, a
+program). Needs triton, whose wheel brings ptxas and cuobjdump.
 """
 import csv
 import io
@@ -38,6 +40,7 @@ from data import write_text
 arch = "80,90,100,120"  # compute capabilities
 levels = ""  # one bottleneck, as n_embd is 2^n of the first level; "": the published recipes'
 dtype = "bfloat16"  # of the activations; or "float32"
+few = False  # the launches for few tokens
 designs = False  # instead, other ways to do the 2L level of d=1024
 csv_file = ""  # for the table
 
@@ -55,7 +58,8 @@ SHARED_BYTES = {80: 164, 90: 228, 100: 228, 120: 100}  # of a multiprocessor, in
 TYPES = {
     "top_products": "*x *fp32 *fp32 *fp32 *fp32",
     "block_products": "*x *i32 *fp32 *fp32 *bf16 *bf16 *fp32 *fp32 *fp32 i32",
-    "pick": "*fp32 *fp32 *i32 *fp32 *fp32 *i64 *fp32 *i32 *i32",
+    "few_products": "*x *i32 *fp32 *fp32 *i32 *i32 *fp32 *fp32",
+    "pick": "*fp32 *fp32 *i32 *fp32 *fp32 *fp32 *fp32 *fp32 *i64 *fp32 *i32 *i32",
     "combine_atoms": "*i64 *x *i32 *i32 *x i32 i32",
     "project_atoms": "*x *i64 *i32 *i32 *x i32 i32",
     "bitonic_pick": "*fp32 *i64",
@@ -66,14 +70,16 @@ def launches(text):
     """(name, Launch) of everything that a layer with these levels starts."""
     sae = cayley.CayleySAE(2 ** int(text.split(",")[0]), text)
     found = []
-    per_level = cayley_triton.level_launches(tuple(sae.plan), getattr(torch, dtype))
+    K = sum(level.k for level in sae.levels)
+    per_level = cayley_triton.level_launches(tuple(sae.plan), getattr(torch, dtype), few)
     for i, level in enumerate(per_level):
         found.append((f"products of level {i}", level.products))
         found.append((f"pick of level {i}", level.picks))
+    n_tokens = 1 if few else cayley_triton.FEW + 1
+    constants = cayley_triton.combine_constants(sae.t, n_tokens, K)
+    found.append(("combine_atoms", Launch(cayley_triton.combine_atoms, constants)))
     words = {"words": sae.n_embd // 32}
-    K = sum(level.k for level in sae.levels)
-    for kernel in (cayley_triton.combine_atoms, cayley_triton.project_atoms):
-        found.append((kernel.fn.__name__, Launch(kernel, words)))
+    found.append(("project_atoms", Launch(cayley_triton.project_atoms, words)))
     return found, K
 
 
@@ -176,7 +182,7 @@ def trips(launch, K):
     if launch.kernel is cayley_triton.block_products:
         steps = -(-constants["heads"] // constants["step"])
         return [constants["tails"], steps] if steps > 1 else [constants["tails"]]
-    return [K]
+    return [-(-K // constants.get("step", 1))]
 
 
 def token_instructions(launch, code, found, K):

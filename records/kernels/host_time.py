@@ -19,6 +19,8 @@ from triton.backends.driver import DriverBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from sweep import selection
+
 from configurator import configure
 
 # settings, see configurator.py
@@ -81,11 +83,10 @@ def main():
     torch.Tensor.new_empty = torch.Tensor.new_zeros  # ids that no kernel wrote would be none
     sae = cayley.CayleySAE(2 ** int(levels.split(",")[0]), levels).eval()
     x = torch.randn(1, sae.n_embd).bfloat16()
-    scale, shift = sae.standardization()
     ids = torch.zeros(1, sum(level.k for level in sae.levels), dtype=torch.int64)
     weights = torch.zeros(ids.shape, dtype=x.dtype)
     calls = {
-        "select": lambda: cayley_triton.select(x, scale, shift, sae.plan),
+        "select": selection(cayley_triton, sae, x),
         "combine": lambda: cayley_triton.combine(ids, weights, sae.t, sae.n),
     }
     if hasattr(cayley_triton, "register"):

@@ -7,8 +7,9 @@ One command for a GPU, in minutes: are the layer's operators right on it, and wh
 It checks ids, codes, outputs and gradients against the plain definition in float64, that 20 repeats
 are the same to the bit, and that torch.compile changes nothing; then it times every operator, and
 block_products by each launch of product_variants (compiled.py), whose results must be the same to
-the bit. Prints a line a result and writes all as JSON. With --checkout=DIR it times the operators
-of another checkout, so that before and after are of one card.
+the bit, and few tokens by the launches for few and for many, in CUDA graphs. Prints a line a result
+and writes all as JSON. With --checkout=DIR it times the operators of another checkout, so that
+before and after are of one card.
 """
 import contextlib
 import copy
@@ -49,6 +50,7 @@ SHAPES = [  # n_embd, levels, tokens, dtype
     (64, "6,1,0;9,1,8", 5, "float32"),
     (4096, "12,16,0;16,32,256", 64, "bfloat16"),
     (32, "5,8,0;8,6,256", 2, "float32"),
+    (1024, RECIPES["3L"], 16, "float32"),  # up to 16 tokens have launches of their own
 ]
 
 
@@ -164,26 +166,36 @@ def milliseconds(function, calls=10, repeats=7):
     return statistics.median(times)
 
 
+def selection(cayley, sae, x):
+    """The function that runs select on x, in a checkout of any time."""
+    if hasattr(sae, "terms"):
+        terms = sae.terms()
+        return lambda: cayley.select(x, terms, sae.bias.detach(), sae.plan)
+    scale, shift = sae.standardization()
+    offset = sae.bias.detach() + shift
+    return lambda: cayley.select(x, scale, offset, sae.plan)
+
+
 def operator_calls(cayley, levels, n):
     """{operator: function} on n tokens in bf16, and a layer's forward and backward."""
     sae = random_sae(cayley, levels)
     x = normalised(n, sae.n_embd, torch.bfloat16)
-    scale, shift = sae.standardization()
-    offset = sae.bias.detach() + shift
-    ids, _ = cayley.select(x, scale, offset, sae.plan)
-    shifts = [sae.n - level.n for level in sae.levels for _ in range(level.k)]
-    leaves = ids << torch.tensor(shifts, device=device)
-    weights = torch.randn(ids.shape, device=device).bfloat16()
+    select = selection(cayley, sae, x)
+    with torch.no_grad():
+        codes = sae.encode(x)
+    leaves = torch.cat([c.ids << (sae.n - level.n) for c, level in zip(codes, sae.levels)], 1)
+    weights = torch.randn(leaves.shape, device=device).bfloat16()
     weight = torch.randn(n, sae.n_embd, device=device)
     calls = {
-        "select": lambda: cayley.select(x, scale, offset, sae.plan),
+        "select": select,
         "combine": lambda: cayley.combine(leaves, weights, sae.t, sae.n),
         "project": lambda: cayley.project(x, leaves, sae.t, sae.n),
         "forward and backward": lambda: through(sae, x, weight, torch.bfloat16),
     }
     if hasattr(cayley, "sum_by_index"):
-        values = torch.randn(ids.numel(), device=device)
-        index = sae._among_all(ids).flatten()
+        values = torch.randn(leaves.numel(), device=device)
+        index = torch.cat([c.ids + where.start for c, where in zip(codes, sae.level_slices)], 1)
+        index = index.flatten()
         calls["gradient of bias"] = lambda: cayley.sum_by_index(values, index, len(sae.bias))
         zeros = torch.zeros_like(sae.bias)
         calls["the same by fp32 atomics"] = lambda: zeros.index_add_(0, index, values)
@@ -226,6 +238,33 @@ def time_variants(cayley, cayley_triton, levels, report):
                 continue
             same = torch.equal(ids, expected[0]) and torch.equal(values, expected[1])
             report(title, {"ms": milliseconds(select), "same bits": same})
+
+
+def replay(function):
+    """The function as a CUDA graph: without Python's part of its launches."""
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        function()
+    return graph.replay
+
+
+def time_few(cayley, cayley_triton, levels, report):
+    """select and combine of few tokens, by the launches for few and by those for many."""
+    chosen = cayley_triton.FEW
+    for n in (1, 4, 16, 64):
+        for title, few in (("few", n), ("many", 0)):
+            cayley_triton.FEW = few
+            calls = operator_calls(cayley, levels, n)
+            values = {}
+            for name in ("select", "combine"):
+                values[f"{name} ms"] = milliseconds(replay(calls[name]))
+            report(f"{n} tokens by the launches for {title}", values)
+    cayley_triton.FEW = chosen
 
 
 def main():
@@ -274,6 +313,8 @@ def main():
             report(f"{name}, {title}, 1 token", {"ms": milliseconds(function)})
     if cayley_triton and hasattr(cayley_triton, "register") and not late():
         time_variants(cayley, cayley_triton, RECIPES["2L"], report)
+    if hasattr(cayley_triton, "FEW") and not late():
+        time_few(cayley, cayley_triton, RECIPES["2L"], report)
 
 
 if __name__ == "__main__":
