@@ -259,7 +259,8 @@ def _prepare_command(data_dir):
     command = f"python prepare_fineweb.py --out_dir={data_dir}"
     if os.path.abspath(data_dir).endswith(os.path.join("data", "python")):
         return f"{command} --source=python --tokenizer=bytes --val_tokens=200_000"
-    return f"{command} and your --source and --tokenizer (by default 50 GB of FineWeb-Edu)"
+    return (f"{command} and your --source and --tokenizer, which the config's comment may name (by "
+            "default 50 GB of FineWeb-Edu)")
 
 
 def _check_fields(name, value, kinds):
