@@ -35,6 +35,27 @@ def test_cayley_imports_nothing_of_ours():
     assert not imported(ROOT / "cayley.py") & {path.stem for path in TOP}
 
 
+@pytest.mark.parametrize("code", ["import train", "import tools"])
+def test_waiting_threads_sleep_early_unless_the_environment_says_otherwise(code):
+    """Set before torch is loaded, which is when GCC's OpenMP reads it."""
+    seen = f"""
+import builtins, os, sys
+load = builtins.__import__
+def watch(name, *rest):
+    if name == "torch":
+        print(os.environ["GOMP_SPINCOUNT"])
+        sys.exit()
+    return load(name, *rest)
+builtins.__import__ = watch
+{code}, torch
+"""
+    environment = {key: ENVIRONMENT[key] for key in ENVIRONMENT if key != "GOMP_SPINCOUNT"}
+    for given, expected in (({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7")):
+        result = subprocess.run([sys.executable, "-c", seen], env={**environment, **given},
+                                capture_output=True, text=True)
+        assert result.stdout.strip() == expected, result.stderr
+
+
 def run(directory, script, *words):
     environment = {**ENVIRONMENT, "PYTHONPATH": ""}
     command = [sys.executable, script, *words]

@@ -19,9 +19,10 @@ All You Need", 2025), at a tenth of the learning rate, falling to 0.
 
 Losses are in nats a token, over n_windows of the val split; "above dense" is paired by window, with
 its standard error. KL is KL(dense || row). Fits see the train split alone. parameters and FLOPs:
-what the row adds to the dense model, FLOPs as a share of its forward; a CayleySAE's dictionary has
-none, its additions and gathers aren't counted. fitting: FLOPs of the fit, 2 a weight and token
-forward and as many for each gradient, the dense model's forward with them.
+what the row adds to the dense model, FLOPs as a share of its forward; for a CayleySAE they aren't
+counted (records/bench has them: 5% of a block with the reference's two levels). fitting: FLOPs of
+the fit, 2 a weight and token forward and as many for each gradient, the dense model's forward with
+them.
 """
 if not __package__:
     raise SystemExit("from the repository's root: python -m tools.splice")
@@ -382,10 +383,11 @@ def table(rows):
             name += f" {of['n_features']}, {of['fitted_to']}, {of['tokens']:,} at {of['lr']:g}"
             name += f", KL {of['kl_tokens']:,}" if of["kl_tokens"] else ""
             name += f", seed {of['seed']}" if seeds > 1 else ""
+        share = "" if of["flops_share"] == "" else f"{of['flops_share']:.1%}"
         fitting = "" if of["fitting_flops"] == "" else f"{of['fitting_flops']:.2g}"
         cells.append([name, str(of["k"]), f"{of['loss']:.4f}",
                       f"{of['above_dense']:+.4f} ({of['error']:.4f})", f"{of['kl']:.4f}",
-                      f"{of['parameters']:,}", f"{of['flops_share']:.1%}", fitting])
+                      f"{of['parameters']:,}", share, fitting])
     return aligned(["every MLP reads", "k", "loss", "above dense (s.e.)", "KL", "parameters",
                     "FLOPs", "fitting"], cells)
 
@@ -428,7 +430,7 @@ def main():
             cells = [len(saes[0].bias), *[""] * 5]
             name = f"code {other.config.cayley_levels}"
             rows.append(row_of(name, n_active, cells, score(other, modules={}), base,
-                               [n_features, 0, ""]))
+                               [n_features, "", ""]))
         for variant in wanted:
             modules = dict(enumerate(read_saes(variant.path, model)))
             rows.append(row_of(f"{variant.kind} SAEs", k, variant[1:],
