@@ -109,6 +109,8 @@ def _check_known(key, settings, where):
         hint = f"; there is no {key} here"
     elif near:
         hint = f"; the nearest is {near[0]!r}"
+    if where.endswith(".py"):
+        hint += "; a config's own variables begin with _"
     raise ValueError(f"{where}: unknown setting {key!r}{hint} (--help lists all)")
 
 

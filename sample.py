@@ -49,6 +49,8 @@ def parse_edit(text, saes):
         raise ValueError(f"{text!r}: write layer.level.feature=+8 to steer and layer.level.feature "
                          "to ablate") from None
     layer, level, feature = map(int, path)
+    if not saes:
+        raise ValueError(f"{text!r}: the model is a dense twin, it has no features")
     if layer >= len(saes):
         raise ValueError(f"{text!r}: the model has {len(saes)} layers with features, counted from "
                          "0")

@@ -3,10 +3,11 @@ import csv
 
 import pytest
 import torch
-from conftest import arguments, run_script
+from conftest import arguments, run_script, run_training
 
 from checkpoint import load_model
 from data import Windows
+from model import GPT
 from tools import splice
 from tools.topk_sae import TopKSAE
 
@@ -55,10 +56,22 @@ def test_the_table_has_a_row_for_every_combination(trained, twin, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in files} == files  # none was fitted again
 
 
+def test_saes_of_another_k_or_model_are_not_taken(twin, data_dir, tmp_path):
+    other = tmp_path / "other"
+    assert run_training(data_dir, other, cayley_levels="", seed=5, max_iters=1).returncode == 0
+    assert run_splice(twin, tmp_path / "out").returncode == 0
+    one = table_of(tmp_path / "out")
+    assert run_splice(twin, tmp_path / "out", k=8).returncode == 0
+    two = table_of(tmp_path / "out")
+    assert float(two[1]["loss"]) != float(one[1]["loss"])
+    result = run_splice(other, tmp_path / "out")
+    assert result.returncode == 1 and "its SAEs were fitted to another model" in result.stderr
+
+
 def test_a_fit_does_not_depend_on_what_is_fitted_beside_it(twin, tmp_path):
     assert run_splice(twin, tmp_path / "one").returncode == 0
     assert run_splice(twin, tmp_path / "two", features="32,48", lr="3e-3,1e-3").returncode == 0
-    name = "TopK_48_clean_8192_0.003_kl_0_seed_0.pt"
+    name = "TopK_48_clean_8192_0.003_k_4_kl_0_seed_0.pt"
     one, two = (torch.load(tmp_path / out / name, weights_only=True) for out in ("one", "two"))
     for a, b in zip(one["saes"], two["saes"]):
         assert all(torch.equal(a[key], b[key]) for key in a)
@@ -93,19 +106,21 @@ def test_finetuning_lowers_the_kl_and_leaves_the_model_alone(dense, train):
         torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(48))
 
 
-def test_saes_are_read_as_they_were_written(dense, tmp_path):
+def test_saes_are_read_as_they_were_written(dense, train, tmp_path):
     saes = [splice.new_sae("TopK", dense, layer, 48, 4, seed=0) for layer in range(2)]
     saes[1].scale.fill_(3.0)
     path = str(tmp_path / "saes.pt")
-    splice.write_saes(saes, path)
+    splice.write_saes(saes, path, dense, train)
     x = torch.randn(5, 32)
     for sae, read in zip(saes, splice.read_saes(path, dense)):
         assert torch.equal(sae(x), read(x))
-    splice.write_saes(saes[:1], path)
-    with pytest.raises(ValueError, match="inputs of .*, the dense model has 2 layers of 32"):
-        splice.read_saes(path, dense)
+    other = GPT(dense.config)
+    with pytest.raises(ValueError, match="fitted to another model"):
+        splice.read_saes(path, other)
+    with pytest.raises(ValueError, match="fitted to other data"):
+        splice.read_saes(path, dense, "other data")
     (tmp_path / "saes.pt").write_bytes(b"no")
-    with pytest.raises(ValueError, match="not a file of TopK SAEs"):
+    with pytest.raises(ValueError, match="not a file of SAEs by tools.splice"):
         splice.read_saes(path, dense)
 
 
@@ -113,7 +128,7 @@ def test_saes_are_read_as_they_were_written(dense, tmp_path):
     (dict(kinds="TopK,Gated"), "'Gated' is none of TopK, Matryoshka"),
     (dict(fitted_to="dirty"), "'dirty' is none of clean, spliced"),
     (dict(features="512,many"), "'many' is not a number from 0 on"),
-    (dict(features="8"), "features='8': must be at least 32"),
+    (dict(features="8"), "features='8': must be at least 36, with k=36"),
     (dict(tokens="100"), "tokens='100': must be at least 1024"),
     (dict(tokens="2.5e0"), "'2.5e0' is not a number from 0 on"),
     (dict(lr="0"), "lr='0': must be above 0"),

@@ -7,11 +7,12 @@ construction, beside a dense model with post-hoc SAEs spliced into all of its la
     python -m tools.splice --dense=dense.pt --fitted_to=spliced --kl_tokens=131_072
 
 Settings with commas are swept: an SAE in each layer for every combination. Prints a table and
-writes splice.csv and the SAEs to out_dir, a file for each combination (circuits.py takes one as
---saes); those that are there already are not fitted again.
+writes it as splice.csv, anew at every run, and the SAEs to out_dir, a file for each combination
+(circuits.py takes one as --saes); those that are there already are not fitted again.
 
 --fitted_to: "clean", what the dense model's MLPs read, or "spliced", what they read when the SAEs
-in the layers before are spliced in, as these are by then (all layers are fitted together).
+in the layers before are spliced in, as these are by then (all layers are fitted together; the first
+8 steps are clean).
 --kl_tokens: afterwards all SAEs are finetuned together to the least KL(dense || spliced), end to
 end (Braun et al., "Identifying Functionally Important Features with End-to-End Sparse Dictionary
 Learning", 2024; Karvonen, "Revisiting End-to-End Sparse Autoencoder Training: A Short Finetune Is
@@ -41,7 +42,7 @@ from torch.nn import functional as F
 from checkpoint import build_model, load_checkpoint, load_model, pick_device
 from configurator import configure
 from data import atomic, lock, progress
-from tools.evals import mean_and_error
+from tools.evals import digest, mean_and_error
 from tools.report import aligned, batches, write_csv
 from tools.runs import run_windows
 from tools.topk_sae import Schedule, TopKSAE, fit_saes
@@ -218,7 +219,7 @@ def finetune(model, saes, windows, n_tokens, rate, size, seed):
 
 
 class Variant(NamedTuple):
-    """A combination of the settings that are swept, and a seed."""
+    """A combination of the settings that are swept, and a seed; k is the same for all."""
 
     kind: str
     n_features: int
@@ -230,7 +231,7 @@ class Variant(NamedTuple):
 
     @property
     def path(self):
-        words = [*self[:5], "kl", self.kl_tokens, "seed", self.seed]
+        words = [*self[:5], "k", k, "kl", self.kl_tokens, "seed", self.seed]
         return os.path.join(out_dir, "_".join(map(str, words)) + ".pt")
 
     def before_finetuning(self):
@@ -251,7 +252,8 @@ def swept(name, kind):
         if value is None or kind is not str and not 0 <= value < math.inf:
             raise ValueError(f"{name}={globals()[name]!r}: {word.strip()!r} is not a number from 0 "
                              "on; write numbers with commas between")
-        values.append(value)
+        if value not in values:
+            values.append(value)
     return values
 
 
@@ -267,25 +269,34 @@ def variants():
     """Every Variant that the settings name. Raises ValueError where one makes no sense."""
     axes = [swept("kinds", str), swept("features", whole), swept("fitted_to", str),
             swept("tokens", whole), swept("lr", float), swept("kl_tokens", whole), range(seeds)]
-    for name, lowest in (("features", 32), ("tokens", SAE_BATCH)):
+    for name, lowest in (("features", max(32, k)), ("tokens", SAE_BATCH)):
         if min(swept(name, whole)) < lowest:
-            raise ValueError(f"{name}={globals()[name]!r}: must be at least {lowest}")
+            raise ValueError(f"{name}={globals()[name]!r}: must be at least {lowest}, with k={k}")
     if min(swept("lr", float)) == 0:
         raise ValueError(f"lr={lr!r}: must be above 0")
     return [Variant(*combination) for combination in itertools.product(*axes)]
 
 
-def write_saes(saes, path):
-    """Write SAEs, one a layer, as read_saes takes them. Raises OSError if it can't."""
+def write_saes(saes, path, model, windows):
+    """
+    Write SAEs, one for each layer of a model and fitted to windows, as read_saes takes them.
+
+    Raises OSError if it can't.
+    """
     content = io.BytesIO()
     states = [{key: value.cpu() for key, value in sae.state_dict().items()} for sae in saes]
-    torch.save({"k": saes[0].k, "saes": states}, content)
+    fitted_to = {"model": digest(model), "data": windows.fingerprint}
+    torch.save({"k": saes[0].k, "saes": states, **fitted_to}, content)
     with atomic(path, "wb") as file:
         file.write(content.getbuffer())  # torch.save has no OSError for a full disk
 
 
-def read_saes(path, model):
-    """The SAEs of a file, one for each layer of a model. Raises ValueError if they aren't that."""
+def read_saes(path, model, data=None):
+    """
+    The SAEs of a file, one for each layer of a model.
+
+    Raises ValueError if it is no such file, or of another model, or of data of another fingerprint.
+    """
     try:
         content = torch.load(path, map_location=on_device(model), weights_only=True)
         loaded = []
@@ -293,12 +304,14 @@ def read_saes(path, model):
             sae = TopKSAE(*state["W_dec"].T.shape, content["k"]).to(on_device(model))
             sae.load_state_dict(state)
             loaded.append(sae.eval().requires_grad_(False))
+        fitted_to = content["model"], content["data"]
     except Exception as error:  # whatever a damaged file raises
-        raise ValueError(f"{path}: not a file of TopK SAEs ({error})") from None
-    widths = [sae.W_dec.shape[1] for sae in loaded]
-    if widths != [model.config.n_embd] * len(model.blocks):
-        raise ValueError(f"{path}: SAEs of inputs of {widths}, the dense model has "
-                         f"{len(model.blocks)} layers of {model.config.n_embd}")
+        raise ValueError(f"{path}: not a file of SAEs by tools.splice, which fits them anew where "
+                         f"none is ({error})") from None
+    if fitted_to[0] != digest(model):
+        raise ValueError(f"{path}: its SAEs were fitted to another model")
+    if data and fitted_to[1] != data:
+        raise ValueError(f"{path}: its SAEs were fitted to other data, take another out_dir")
     return loaded
 
 
@@ -320,11 +333,19 @@ def fit_together(model, windows, group):
         if not all(sae.W_dec.isfinite().all() for sae in saes):
             raise ValueError(f"lr={variant.lr}: the fit of an SAE of {variant.n_features} features "
                              "diverged, take a smaller one")
-        write_saes(saes, variant.path)
+        write_saes(saes, variant.path, model, windows)
 
 
 def fit(model, windows, wanted):
-    """Fit and write what is not there of the Variants' SAEs."""
+    """
+    Fit and write what is not there of the Variants' SAEs.
+
+    Raises ValueError as read_saes does for those that are there.
+    """
+    read = functools.partial(read_saes, model=model, data=windows.fingerprint)
+    for variant in wanted:
+        if os.path.exists(variant.path):
+            read(variant.path)
     missing = {v.before_finetuning() for v in wanted if not os.path.exists(v.path)}
     missing = sorted(v for v in missing if not os.path.exists(v.path))
 
@@ -337,10 +358,10 @@ def fit(model, windows, wanted):
         fit_together(model, windows, list(group))
     for variant in wanted:
         if variant.kl_tokens and not os.path.exists(variant.path):
-            saes = read_saes(variant.before_finetuning().path, model)
+            saes = read(variant.before_finetuning().path)
             finetune(model, saes, windows, variant.kl_tokens, KL_RATE * variant.lr, batch_size,
                      variant.seed)
-            write_saes(saes, variant.path)
+            write_saes(saes, variant.path, model, windows)
 
 
 # -----------------------------------------------------------------------------
