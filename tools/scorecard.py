@@ -1199,6 +1199,8 @@ def verdict(card, layer):
         if number.get("difference_interval"):
             low, high = number["difference_interval"]
             outcome = "ahead" if low > 0 else "behind" if high < 0 else "undecided"
+            if "intervals" in card["header"]:  # of too few documents
+                outcome = "undecided"
             contests[outcome].append(f"{name} ({brief(format(number['difference'], '+.3f'))})")
     parts = [f"{outcome} in {', '.join(names)}" for outcome, names in contests.items() if names]
     losses = {loss["name"]: format(loss["minus_dense"], "+.3f") for loss in card["losses"]}
@@ -1339,7 +1341,7 @@ def header(pairs, data, at_layers):
         "labels": ", ".join(data.names),
     }
     if data.n_documents < 5:
-        lines["intervals"] = (f"over {data.n_documents} documents, they say little: more "
+        lines["intervals"] = (f"over {data.n_documents} documents and say little: more "
                               "--score_tokens")
     if data.encoding.name == "gpt2" and n_parameters < 1e9:
         lines["warning"] = ("absorption is made for models that can spell, SAEBench's default "

@@ -8,7 +8,8 @@ The interpretability tax: the dense twin and settings of train.py, trained on th
 
 Prints each setting's val loss, its gaps to the dense twin and to the first setting at equal tokens,
 and the multiple of tokens that it needs for a loss that the twin has reached (by interpolation).
-Writes tax.csv (a row per evaluation) and tax.svg to out_dir. Stopped and started again, it goes on.
+Writes tax.csv (a row per evaluation) and tax.svg to out_dir, and each run to out_dir/NAME/seedN,
+which scorecard and circuits take as a checkpoint. Stopped and started again, it goes on.
 Gaps are paired by seed; +- is the standard deviation. records/ablation/ uses its functions.
 """
 if not __package__:
