@@ -876,10 +876,10 @@ class CayleySAE(nn.Module):
 
     def forward(self, x):
         """x (..., d) -> its reconstruction from the active features after self.edits, (..., d)."""
-        leaves, values = self._select(x)
-        if not self.edits and self.record is None:
-            return self._combine(leaves, values).view(x.shape)
-        codes = self.edit(self._codes(leaves, values, x.shape[:-1]), self.edits)
+        unread = not self.edits and self.record is None
+        if unread and (self.training or self.constants is not None):  # else codes have their names
+            return self._combine(*self._select(x)).view(x.shape)
+        codes = self.edit(self.encode(x), self.edits)
         if self.record is not None:
             self.record.append(Record(x, codes))
         return self.decode(codes)
