@@ -876,8 +876,9 @@ class CayleySAE(nn.Module):
 
     def forward(self, x):
         """x (..., d) -> its reconstruction from the active features after self.edits, (..., d)."""
+        # in eval by encode and decode all the same, whose results nnsight takes by their names
         unread = not self.edits and self.record is None
-        if unread and (self.training or self.constants is not None):  # else codes have their names
+        if unread and (self.training or self.constants is not None):
             return self._combine(*self._select(x)).view(x.shape)
         codes = self.edit(self.encode(x), self.edits)
         if self.record is not None:

@@ -110,18 +110,19 @@ def test_saes_are_read_as_they_were_written(dense, train, tmp_path):
     saes = [splice.new_sae("TopK", dense, layer, 48, 4, seed=0) for layer in range(2)]
     saes[1].scale.fill_(3.0)
     path = str(tmp_path / "saes.pt")
-    splice.write_saes(saes, path, dense, train)
+    origin = splice.origin_of(dense, train)
+    splice.write_saes(saes, path, origin)
     x = torch.randn(5, 32)
-    for sae, read in zip(saes, splice.read_saes(path, dense)):
+    for sae, read in zip(saes, splice.read_saes(path, dense, origin)):
         assert torch.equal(sae(x), read(x))
     other = GPT(dense.config)
     with pytest.raises(ValueError, match="fitted to another model"):
-        splice.read_saes(path, other)
+        splice.read_saes(path, other, splice.origin_of(other, train))
     with pytest.raises(ValueError, match="fitted to other data"):
-        splice.read_saes(path, dense, "other data")
+        splice.read_saes(path, dense, {**origin, "data": "other data"})
     (tmp_path / "saes.pt").write_bytes(b"no")
     with pytest.raises(ValueError, match="not a file of SAEs by tools.splice"):
-        splice.read_saes(path, dense)
+        splice.read_saes(path, dense, origin)
 
 
 @pytest.mark.parametrize("settings, message", [

@@ -75,6 +75,7 @@ from tools.attribution import (
     with_permuted,
 )
 from tools.circuit_graph import Node, make_graph, write_graph
+from tools.evals import digest
 from tools.report import svg, svg_line, svg_text, write_csv
 from tools.runs import run_windows
 from tools.splice import read_saes
@@ -451,7 +452,7 @@ def load_rows(target):
         if len(values) > 1:
             raise ValueError(f"the checkpoints differ in {key}: {sorted(values, key=str)}")
     if saes:
-        fitted = read_saes(saes, twin)
+        fitted = read_saes(saes, twin, {"model": digest(twin)})
         size = f"{len(fitted[0].W_dec):,}, {fitted[0].k}"
         rows += [SAEFeatures(f"SAE {size}", twin, fitted, keeps_error=True),
                  SAEFeatures(f"SAE {size}, no errors", twin, fitted, keeps_error=False)]

@@ -2,10 +2,13 @@
 What several tools need of a run: its data, wherever they are now, and a new directory to write to.
 """
 import contextlib
+import io
 import os
 import shutil
 
-from data import Windows, lock
+import torch
+
+from data import Windows, atomic, lock
 
 
 def run_windows(config, split, data_dir=""):
@@ -34,6 +37,14 @@ def run_data_dir(config):
         elsewhere = os.path.join(config.get("working_directory", ""), directory)
         found.append(elsewhere if os.path.isdir(elsewhere) else directory)
     return ",".join(found)
+
+
+def write_tensors(path, value):
+    """torch.save of a value to path, atomically. Raises OSError if it can't."""
+    content = io.BytesIO()
+    torch.save(value, content)
+    with atomic(path, "wb") as file:
+        file.write(content.getbuffer())  # torch.save has no OSError for a full disk
 
 
 @contextlib.contextmanager

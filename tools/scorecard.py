@@ -64,7 +64,6 @@ if not __package__:
 
 import functools
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -85,7 +84,7 @@ from torch.nn import functional as F
 from cayley import CayleySAE, Codes, plain_encode
 from checkpoint import build_model, check_archive, load_checkpoint, pick_device
 from configurator import configure
-from data import atomic, get_tokenizer, lock, progress, write_json, write_text
+from data import get_tokenizer, lock, progress, write_json, write_text
 from model import GPT, covariances, explained
 from tools.evals import mean_and_error
 from tools.labels import UNKNOWN, label_stream
@@ -103,7 +102,7 @@ from tools.probing import (
     word_letters,
 )
 from tools.report import duration, interval_chart, markdown, write_csv
-from tools.runs import run_windows
+from tools.runs import run_windows, write_tensors
 from tools.splice import (
     SAE_BATCH,
     kl_divergence,
@@ -114,7 +113,7 @@ from tools.splice import (
     shuffled_inputs,
     watching,
 )
-from tools.topk_sae import TopKSAE, fit_saes
+from tools.topk_sae import TopKSAE, fit_saes, restored, states_of
 
 # settings, see configurator.py
 ckpt = "out/ckpt.pt"  # of Cayley models, a training seed each, commas between
@@ -171,10 +170,7 @@ class Parts:
         directory = self.sae_directory if "SAE" in name else self.directory
         path = os.path.join(directory, f"{safe}.pt")
         if not is_whole(path):
-            content = io.BytesIO()
-            torch.save(compute(), content)
-            with atomic(path, "wb") as file:
-                file.write(content.getbuffer())  # torch.save has no OSError for a full disk
+            write_tensors(path, compute())
         return torch.load(path, weights_only=True)
 
 
@@ -722,16 +718,10 @@ def load_data(config):
 def cached_saes(parts, name, model, windows, jobs, width, k, seed):
     """fitted_saes, or what they were before: {(layer, kind): TopKSAE}."""
     def compute():
-        saes = fitted_saes(model, windows, jobs, width, k, seed)
-        return [{key: value.cpu() for key, value in sae.state_dict().items()} for sae in saes]
+        return states_of(fitted_saes(model, windows, jobs, width, k, seed))
 
     states = parts.get(f"SAEs {name} {jobs} seed {seed}", compute)
-    saes = {}
-    for job, state in zip(jobs, states):
-        sae = TopKSAE(model.config.n_embd, width, k).to(on_device(model))
-        sae.load_state_dict(state)
-        saes[job] = sae.eval().requires_grad_(False)
-    return saes
+    return {job: restored(state, k, on_device(model)) for job, state in zip(jobs, states)}
 
 
 class Reader:
@@ -1193,14 +1183,16 @@ CONTESTS = {
 def verdict(card, layer):
     """One sentence on who wins what at a layer, Cayley or the reference row."""
     row = next(r for r in card["rows"] if (r["layer"], r["name"]) == (layer, "Cayley"))
+    few_documents = "intervals" in card["header"]
     contests = {"ahead": [], "behind": [], "undecided": []}
     for key, name in CONTESTS.items():
         number = row.get(key) or {}
         if number.get("difference_interval"):
             low, high = number["difference_interval"]
-            outcome = "ahead" if low > 0 else "behind" if high < 0 else "undecided"
-            if "intervals" in card["header"]:  # of too few documents
+            if few_documents or low <= 0 <= high:
                 outcome = "undecided"
+            else:
+                outcome = "ahead" if low > 0 else "behind"
             contests[outcome].append(f"{name} ({brief(format(number['difference'], '+.3f'))})")
     parts = [f"{outcome} in {', '.join(names)}" for outcome, names in contests.items() if names]
     losses = {loss["name"]: format(loss["minus_dense"], "+.3f") for loss in card["losses"]}

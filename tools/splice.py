@@ -30,7 +30,6 @@ if not __package__:
 
 import contextlib
 import functools
-import io
 import itertools
 import math
 import os
@@ -41,11 +40,11 @@ from torch.nn import functional as F
 
 from checkpoint import build_model, load_checkpoint, load_model, pick_device
 from configurator import configure
-from data import atomic, lock, progress
+from data import lock, progress
 from tools.evals import digest, mean_and_error
 from tools.report import aligned, batches, write_csv
-from tools.runs import run_windows
-from tools.topk_sae import Schedule, TopKSAE, fit_saes
+from tools.runs import run_windows, write_tensors
+from tools.topk_sae import Schedule, TopKSAE, fit_saes, restored, states_of
 
 # settings, see configurator.py
 dense = "out/dense/ckpt.pt"  # a model without a CayleySAE
@@ -67,6 +66,7 @@ device = "auto"
 SAE_BATCH = 1024  # tokens in a step of a fit
 KL_RATE = 0.1  # of the finetuning, of the fit's
 CHOICES = {"kinds": ("TopK", "Matryoshka"), "fitted_to": ("clean", "spliced")}
+ANOTHER = {"model": "another model", "data": "other data, take another out_dir"}
 
 # -----------------------------------------------------------------------------
 # what an MLP reads, and what comes of reading something else
@@ -267,55 +267,53 @@ def whole(word):
 
 def variants():
     """Every Variant that the settings name. Raises ValueError where one makes no sense."""
-    axes = [swept("kinds", str), swept("features", whole), swept("fitted_to", str),
-            swept("tokens", whole), swept("lr", float), swept("kl_tokens", whole), range(seeds)]
+    axes = {
+        "kinds": swept("kinds", str),
+        "features": swept("features", whole),
+        "fitted_to": swept("fitted_to", str),
+        "tokens": swept("tokens", whole),
+        "lr": swept("lr", float),
+        "kl_tokens": swept("kl_tokens", whole),
+    }
     for name, lowest in (("features", max(32, k)), ("tokens", SAE_BATCH)):
-        if min(swept(name, whole)) < lowest:
+        if min(axes[name]) < lowest:
             raise ValueError(f"{name}={globals()[name]!r}: must be at least {lowest}, with k={k}")
-    if min(swept("lr", float)) == 0:
+    if min(axes["lr"]) == 0:
         raise ValueError(f"lr={lr!r}: must be above 0")
-    return [Variant(*combination) for combination in itertools.product(*axes)]
+    combinations = itertools.product(*axes.values(), range(seeds))
+    return [Variant(*combination) for combination in combinations]
 
 
-def write_saes(saes, path, model, windows):
-    """
-    Write SAEs, one for each layer of a model and fitted to windows, as read_saes takes them.
-
-    Raises OSError if it can't.
-    """
-    content = io.BytesIO()
-    states = [{key: value.cpu() for key, value in sae.state_dict().items()} for sae in saes]
-    fitted_to = {"model": digest(model), "data": windows.fingerprint}
-    torch.save({"k": saes[0].k, "saes": states, **fitted_to}, content)
-    with atomic(path, "wb") as file:
-        file.write(content.getbuffer())  # torch.save has no OSError for a full disk
+def origin_of(model, windows):
+    """What SAEs of a model's inputs on windows depend on beside a Variant, by name."""
+    return {"model": digest(model), "data": windows.fingerprint}
 
 
-def read_saes(path, model, data=None):
+def write_saes(saes, path, origin):
+    """Write SAEs, one for each layer, and their origin. Raises OSError if it can't."""
+    write_tensors(path, {"k": saes[0].k, "saes": states_of(saes), **origin})
+
+
+def read_saes(path, model, origin):
     """
     The SAEs of a file, one for each layer of a model.
 
-    Raises ValueError if it is no such file, or of another model, or of data of another fingerprint.
+    Raises ValueError if it is no such file, or of another origin: a dict as origin_of's, or a part.
     """
     try:
         content = torch.load(path, map_location=on_device(model), weights_only=True)
-        loaded = []
-        for state in content["saes"]:
-            sae = TopKSAE(*state["W_dec"].T.shape, content["k"]).to(on_device(model))
-            sae.load_state_dict(state)
-            loaded.append(sae.eval().requires_grad_(False))
-        fitted_to = content["model"], content["data"]
+        saes = [restored(state, content["k"], on_device(model)) for state in content["saes"]]
+        found = {name: content[name] for name in origin}
     except Exception as error:  # whatever a damaged file raises
         raise ValueError(f"{path}: not a file of SAEs by tools.splice, which fits them anew where "
                          f"none is ({error})") from None
-    if fitted_to[0] != digest(model):
-        raise ValueError(f"{path}: its SAEs were fitted to another model")
-    if data and fitted_to[1] != data:
-        raise ValueError(f"{path}: its SAEs were fitted to other data, take another out_dir")
-    return loaded
+    for name, value in origin.items():
+        if found[name] != value:
+            raise ValueError(f"{path}: its SAEs were fitted to {ANOTHER[name]}")
+    return saes
 
 
-def fit_together(model, windows, group):
+def fit_together(model, windows, group, origin):
     """Fit and write the SAEs of Variants that read the same inputs for as many tokens."""
     n_layer = len(model.blocks)
     like = group[0]
@@ -333,19 +331,18 @@ def fit_together(model, windows, group):
         if not all(sae.W_dec.isfinite().all() for sae in saes):
             raise ValueError(f"lr={variant.lr}: the fit of an SAE of {variant.n_features} features "
                              "diverged, take a smaller one")
-        write_saes(saes, variant.path, model, windows)
+        write_saes(saes, variant.path, origin)
 
 
-def fit(model, windows, wanted):
+def fit(model, windows, wanted, origin):
     """
     Fit and write what is not there of the Variants' SAEs.
 
     Raises ValueError as read_saes does for those that are there.
     """
-    read = functools.partial(read_saes, model=model, data=windows.fingerprint)
     for variant in wanted:
         if os.path.exists(variant.path):
-            read(variant.path)
+            read_saes(variant.path, model, origin)
     missing = {v.before_finetuning() for v in wanted if not os.path.exists(v.path)}
     missing = sorted(v for v in missing if not os.path.exists(v.path))
 
@@ -355,13 +352,13 @@ def fit(model, windows, wanted):
 
     missing.sort(key=inputs_of)
     for _, group in itertools.groupby(missing, inputs_of):
-        fit_together(model, windows, list(group))
+        fit_together(model, windows, list(group), origin)
     for variant in wanted:
         if variant.kl_tokens and not os.path.exists(variant.path):
-            saes = read(variant.before_finetuning().path)
+            saes = read_saes(variant.before_finetuning().path, model, origin)
             finetune(model, saes, windows, variant.kl_tokens, KL_RATE * variant.lr, batch_size,
                      variant.seed)
-            write_saes(saes, variant.path, model, windows)
+            write_saes(saes, variant.path, origin)
 
 
 # -----------------------------------------------------------------------------
@@ -440,8 +437,9 @@ def main():
     val = run_windows(config, "val", data_dir)
     val_windows = val.shuffled(0, min(n_windows, len(val)), seed=0)
     score = functools.partial(losses, windows=val_windows, reference=model, size=batch_size)
+    origin = origin_of(model, train)
     with lock(out_dir):
-        fit(model, train, wanted)
+        fit(model, train, wanted, origin)
         base = score(model, modules={})
         rows = [row_of("dense", model.config.n_embd, [""] * 6, base, base, [0, 0, ""])]
         for other in others.values():
@@ -453,7 +451,7 @@ def main():
             rows.append(row_of(name, n_active, cells, score(other, modules={}), base,
                                [n_features, "", ""]))
         for variant in wanted:
-            modules = dict(enumerate(read_saes(variant.path, model)))
+            modules = dict(enumerate(read_saes(variant.path, model, origin)))
             rows.append(row_of(f"{variant.kind} SAEs", k, variant[1:],
                                score(model, modules=modules), base,
                                costs(model, variant)))

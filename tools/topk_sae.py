@@ -61,6 +61,19 @@ class TopKSAE(nn.Module):
         return self.W_dec.detach() * self.scale
 
 
+def states_of(saes):
+    """SAEs as a list of dicts of tensors on the CPU, of which restored makes them again."""
+    return [{key: value.cpu() for key, value in sae.state_dict().items()} for sae in saes]
+
+
+def restored(state, k, device):
+    """A fitted SAE with k active features, of one of states_of's dicts; without its prefixes."""
+    n_features, d = state["W_dec"].shape
+    sae = TopKSAE(d, n_features, k).to(device)
+    sae.load_state_dict(state)
+    return sae.eval().requires_grad_(False)
+
+
 def bag(ids, values, rows):
     """The sum of values * rows[ids]: ids, values (N, k) -> (N, d)."""
     return F.embedding_bag(ids, rows, per_sample_weights=values.to(rows.dtype), mode="sum")
