@@ -69,7 +69,7 @@ def test_counts_contexts_and_neighbours_are_those_of_the_codes(model):
             np.testing.assert_array_equal(reader.histogram.sum(1), reader.counts)
             per_window = codes.max(1)  # (windows, features)
             np.testing.assert_allclose(reader.range[:, 1].clip(0), per_window.max(0), rtol=1e-5)
-            active, _ = reader.active()
+            active, active_codes = reader.active()
             near = list(zip(*[features.neighbours(reader, other, active, windows.size)
                               for other in row]))
             for feature in np.flatnonzero(reader.counts)[::7]:
@@ -77,10 +77,14 @@ def test_counts_contexts_and_neighbours_are_those_of_the_codes(model):
                 largest = per_window[:, feature].max()
                 assert codes[window, position, feature] == pytest.approx(largest)
                 start, end = reader.start[feature, 0], reader.end[feature, 0]
-                at, shades = reader.codes_between(feature, start, end)
-                around = codes.reshape(-1, codes.shape[-1])[start:end, feature]
-                np.testing.assert_array_equal(at - start, np.flatnonzero(around))
-                np.testing.assert_allclose(shades, around[around != 0], rtol=1e-5)
+                told = features.context(
+                    reader, feature, 0, 16, active[feature], active_codes[feature]
+                )
+                assert told[:4] == [window, position, start - 16 * window, end - 16 * window]
+                around = codes[window, start - 16 * window:end - 16 * window, feature]
+                at = np.flatnonzero(around) + start - 16 * window
+                np.testing.assert_array_equal(told[4][::2], at)
+                np.testing.assert_allclose(told[4][1::2], around[around != 0], atol=0.005)
                 window, position = divmod(reader.sample[feature, 0], 16)
                 assert reader.sample_codes[feature, 0] == pytest.approx(
                     codes[window, position, feature]

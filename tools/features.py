@@ -67,7 +67,7 @@ ckpt = "out/ckpt.pt"  # or a directory with a ckpt.pt
 data_dir = ""  # directory of bins; "": the run's data_dir
 split = "train"
 out_dir = "features"  # a new directory, or that of an interrupted run
-tokens = 400_000  # of the data, at most
+tokens = 300_000  # of the data, at most
 text = ""  # a file that gets a page with its active features
 text_tokens = 20_000  # of that file, at most
 labels = ""  # a JSON file with labels by hand, {"layer.level.feature": "text"}
@@ -284,13 +284,6 @@ class LevelReader:
         repeated = (at[:, :, None] == self.top[:, None]).any(-1)
         self.contexts = np.concatenate([self.top, np.where(repeated, -1, at)], 1)
         self.start, self.end = context_bounds(ends, self.contexts.clip(0), self.T)
-
-    def codes_between(self, feature, start, end):
-        """Tokens from start to before end, in one window, where a feature is active; its codes."""
-        window, first = divmod(start, self.T)
-        among = slice(first, first + end - start)
-        at, place = np.nonzero(self.ids[window, among] == feature)
-        return start + at, self.values[window, among][at, place]
 
 
 def neighbours(reader, other, active, n_tokens):
@@ -721,18 +714,19 @@ def rounded(values, digits=2):
     return [round(float(v), digits) for v in values]
 
 
-def context(reader, feature, column, T):
+def context(reader, feature, column, T, tokens, codes):
     """
     A context on a feature's page: window, token in it, first and last token, codes, quantile.
 
-    Codes are token, code, token, code, ... wherever the feature is active; the quantile is a
-    percentage, or -1 for a context of one of the largest codes.
+    tokens, codes: where the feature is active, of reader.active(). Told are token, code, token,
+    code, ... of those in the context; the quantile is a percentage, or -1 for a context of one of
+    the largest codes.
     """
     window, token = divmod(int(reader.contexts[feature, column]), T)
     start, end = int(reader.start[feature, column]), int(reader.end[feature, column])
-    at, codes = reader.codes_between(feature, start, end)
+    inside = slice(*np.searchsorted(tokens, [start, end]))
     shades = []
-    for place, code in zip((at - window * T).tolist(), rounded(codes)):
+    for place, code in zip((tokens[inside] - window * T).tolist(), rounded(codes[inside])):
         shades += [place, code]
     quantile = round(100 * QUANTILES[column - n_top]) if column >= n_top else -1
     return [window, token, start - window * T, end - window * T, shades, quantile]
@@ -776,7 +770,7 @@ def write_level(directory, model, reader, reading):
     for refs in at:
         ids, counts = np.unique(flat[refs[refs >= 0]], return_counts=True)
         tokens_of.append(ids[np.argsort(-counts, kind="stable")][:4].tolist())
-    active, _ = reader.active()
+    active, codes = reader.active()
     levels = reading.readers[reader.layer]
     near = zip(*[neighbours(reader, other, active, n_tokens) for other in levels])
     raises = []
@@ -788,7 +782,8 @@ def write_level(directory, model, reader, reading):
         for feature, page in zip(features, told(effects, reading.among)):
             raises.append(raised(page))
             columns = np.flatnonzero(reader.contexts[feature] >= 0)
-            page["contexts"] = [context(reader, feature, i, reader.T) for i in columns]
+            where = active[feature], codes[feature]
+            page["contexts"] = [context(reader, feature, i, reader.T, *where) for i in columns]
             page["sampled"] = int((reader.sample[feature] >= 0).sum())
             page["near"] = sum(next(near), [])
             if reader.counts[feature]:
