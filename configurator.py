@@ -10,6 +10,8 @@ functions, classes, modules and names that begin with "_" are its own. On the co
 '--key=value', '--key value', and '--key' alone for a bool; '-' and '_' are the same in keys; --help
 lists the settings. From then on a ValueError or OSError ends the script with one line and status 1,
 and a reader that goes (| head) quietly.
+
+Importing it sets GOMP_SPINCOUNT, unless the environment has it: import it before torch.
 """
 import ast
 import atexit
@@ -24,6 +26,10 @@ import re
 import select
 import sys
 import types
+
+# GCC's OpenMP reads it when torch is loaded: a CPU's threads that wait for each other sleep sooner,
+# which beside another process is 2 to 18 times as fast, and as fast alone (records/bench)
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 NANOGPT = {  # names that its users will try
     "learning_rate": ("muon_lr", "adamw_lr"),

@@ -13,11 +13,13 @@ feature's atom times the change.
 import codecs
 import re
 
+from configurator import configure  # before torch, for GOMP_SPINCOUNT
+
+# isort: split
 import torch
 
 from cayley import Edit
 from checkpoint import load_model, pick_device
-from configurator import configure
 from data import encode, get_tokenizer, read_text
 
 # settings, see configurator.py

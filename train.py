@@ -20,16 +20,14 @@ import sys
 import time
 from dataclasses import fields
 
-# read when torch is loaded: a CPU's threads that wait for each other sleep sooner than GCC's OpenMP
-# has them, which beside other processes is twice as fast (records/bench)
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+from configurator import configure, say  # before torch, for GOMP_SPINCOUNT
 
+# isort: split
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import Log, pick_device, resume, save, write_config
-from configurator import configure, say
 from data import Windows, lock
 from model import GPT, GPTConfig, peak_flops
 from muon import MuonAdamW

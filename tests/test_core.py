@@ -35,7 +35,7 @@ def test_cayley_imports_nothing_of_ours():
     assert not imported(ROOT / "cayley.py") & {path.stem for path in TOP}
 
 
-@pytest.mark.parametrize("code", ["import train", "import tools"])
+@pytest.mark.parametrize("code", ["import train", "import sample", "import tools"])
 def test_waiting_threads_sleep_early_unless_the_environment_says_otherwise(code):
     """Set before torch is loaded, which is when GCC's OpenMP reads it."""
     seen = f"""
