@@ -302,8 +302,12 @@ def export_saelens(model, checkpoint, directory):
 # -----------------------------------------------------------------------------
 # Neuronpedia
 
-def neuronpedia_feature(index, reader, windows, words, logit_ids, logit_values):
-    """A feature with its contexts of largest codes, as upload-batch takes it."""
+def neuronpedia_feature(index, reader, active, windows, words, logit_ids, logit_values):
+    """
+    A feature with its contexts of largest codes, as upload-batch takes it.
+
+    active: its tokens and its codes there, of reader.active().
+    """
     logits = []
     for token, value in zip(logit_ids.tolist(), logit_values.tolist()):
         logits.append({"token": words[token], "value": round(value, 4)})
@@ -311,7 +315,7 @@ def neuronpedia_feature(index, reader, windows, words, logit_ids, logit_values):
     for slot in range(features.n_top):
         if reader.contexts[index, slot] >= 0:
             window, _, start, end, shades, _ = features.context(
-                reader, index, slot, windows.shape[1]
+                reader, index, slot, windows.shape[1], *active
             )
             codes = [0.0] * (end - start)
             for token, code in zip(shades[::2], shades[1::2]):
@@ -347,14 +351,17 @@ def export_neuronpedia(model, checkpoint, directory):
             os.makedirs(os.path.join(directory, source))
             active = np.flatnonzero(reader.counts)
             left_out += reader.size - len(active)
+            tokens_and_codes = list(zip(*reader.active()))
             for first in range(0, len(active), BATCH):
                 ids = active[first:first + BATCH]
                 effects = features.first_order(
                     model, layer, level, ids, slopes[layer], every_token
                 )
                 logits = features.extremes(effects, every_token)
-                batch = [neuronpedia_feature(index, reader, windows, words, *of_feature)
-                         for index, *of_feature in zip(ids, *logits)]
+                batch = []
+                for index, *of_feature in zip(ids, *logits):
+                    batch.append(neuronpedia_feature(index, reader, tokens_and_codes[index],
+                                                     windows, words, *of_feature))
                 path = os.path.join(directory, source, f"batch-{first // BATCH}.json")
                 name = os.path.basename(os.path.abspath(out_dir)).lower()
                 body = {"modelId": name, "source": source, "features": batch}
