@@ -77,14 +77,15 @@ def test_counts_contexts_and_neighbours_are_those_of_the_codes(model):
                 largest = per_window[:, feature].max()
                 assert codes[window, position, feature] == pytest.approx(largest)
                 start, end = reader.start[feature, 0], reader.end[feature, 0]
-                told = features.context(
-                    reader, feature, 0, 16, active[feature], active_codes[feature]
-                )
+                tokens, shades = active[feature], active_codes[feature]
+                told = features.context(reader, feature, 0, tokens, shades)
                 assert told[:4] == [window, position, start - 16 * window, end - 16 * window]
                 around = codes[window, start - 16 * window:end - 16 * window, feature]
                 at = np.flatnonzero(around) + start - 16 * window
                 np.testing.assert_array_equal(told[4][::2], at)
                 np.testing.assert_allclose(told[4][1::2], around[around != 0], atol=0.005)
+                inside = (tokens >= start) & (tokens < end)
+                np.testing.assert_allclose(shades[inside], around[around != 0], rtol=1e-5)
                 window, position = divmod(reader.sample[feature, 0], 16)
                 assert reader.sample_codes[feature, 0] == pytest.approx(
                     codes[window, position, feature]

@@ -314,9 +314,7 @@ def neuronpedia_feature(index, reader, active, windows, words, logit_ids, logit_
     activations = []
     for slot in range(features.n_top):
         if reader.contexts[index, slot] >= 0:
-            window, _, start, end, shades, _ = features.context(
-                reader, index, slot, windows.shape[1], *active
-            )
+            window, _, start, end, shades, _ = features.context(reader, index, slot, *active)
             codes = [0.0] * (end - start)
             for token, code in zip(shades[::2], shades[1::2]):
                 codes[token - start] = code

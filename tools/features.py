@@ -714,7 +714,7 @@ def rounded(values, digits=2):
     return [round(float(v), digits) for v in values]
 
 
-def context(reader, feature, column, T, tokens, codes):
+def context(reader, feature, column, tokens, codes):
     """
     A context on a feature's page: window, token in it, first and last token, codes, quantile.
 
@@ -722,6 +722,7 @@ def context(reader, feature, column, T, tokens, codes):
     code, ... of those in the context; the quantile is a percentage, or -1 for a context of one of
     the largest codes.
     """
+    T = reader.T
     window, token = divmod(int(reader.contexts[feature, column]), T)
     start, end = int(reader.start[feature, column]), int(reader.end[feature, column])
     inside = slice(*np.searchsorted(tokens, [start, end]))
@@ -783,7 +784,7 @@ def write_level(directory, model, reader, reading):
             raises.append(raised(page))
             columns = np.flatnonzero(reader.contexts[feature] >= 0)
             where = active[feature], codes[feature]
-            page["contexts"] = [context(reader, feature, i, reader.T, *where) for i in columns]
+            page["contexts"] = [context(reader, feature, i, *where) for i in columns]
             page["sampled"] = int((reader.sample[feature] >= 0).sum())
             page["near"] = sum(next(near), [])
             if reader.counts[feature]:
