@@ -98,7 +98,7 @@ def test_finetuning_lowers_the_kl_and_leaves_the_model_alone(dense, train):
     windows = train.shuffled(0, 32, seed=5)
     modules = dict(enumerate(saes))
     before = splice.losses(dense, windows, modules, dense, 32)
-    splice.finetune(dense, saes, train, 20 * 32 * 32, 3e-3, 32, seed=0)
+    splice.finetune(dense, saes, train, 20 * 32 * 32, 3e-3, seed=0)
     after = splice.losses(dense, windows, modules, dense, 32)
     assert after[:, 1].mean() < 0.8 * before[:, 1].mean()
     assert all(torch.equal(p, weights[name]) for name, p in dense.named_parameters())

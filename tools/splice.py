@@ -16,7 +16,7 @@ in the layers before are spliced in, as these are by then (all layers are fitted
 --kl_tokens: afterwards all SAEs are finetuned together to the least KL(dense || spliced), end to
 end (Braun et al., "Identifying Functionally Important Features with End-to-End Sparse Dictionary
 Learning", 2024; Karvonen, "Revisiting End-to-End Sparse Autoencoder Training: A Short Finetune Is
-All You Need", 2025), at a tenth of the learning rate, falling to 0.
+All You Need", 2025), at a tenth of the learning rate, falling to 0, in steps of 1,024 tokens.
 
 Losses are in nats a token, over n_windows of the val split; "above dense" is paired by window, with
 its standard error. KL is KL(dense || row). Fits see the train split alone. parameters and FLOPs:
@@ -63,7 +63,7 @@ n_windows = 192  # of the val split
 batch_size = 16  # windows in a forward pass
 device = "auto"
 
-SAE_BATCH = 1024  # tokens in a step of a fit
+SAE_BATCH = 1024  # tokens in a step of a fit, and of a finetuning
 KL_RATE = 0.1  # of the finetuning, of the fit's
 CHOICES = {"kinds": ("TopK", "Matryoshka"), "fitted_to": ("clean", "spliced")}
 ANOTHER = {"model": "another model", "data": "other data, take another out_dir"}
@@ -189,19 +189,20 @@ def shuffled_inputs(model, windows, at_layers, size, seed, modules=None):
                 yield [inputs[layer][picked].to(on_device(model)) for layer in at_layers]
 
 
-def finetune(model, saes, windows, n_tokens, rate, size, seed):
+def finetune(model, saes, windows, n_tokens, rate, seed):
     """
     Finetune SAEs, one a layer, to the least KL(model || model with all of them spliced in).
 
-    windows: of the train split, of which n_tokens in shuffled order are read, size in a step.
+    windows: of the train split, of which n_tokens in shuffled order are read.
     """
     modules = dict(enumerate(saes))
-    n_steps = max(1, n_tokens // (size * windows.block_size))
+    n_rows = max(1, SAE_BATCH // windows.block_size)
+    n_steps = max(1, n_tokens // (n_rows * windows.block_size))
     schedules = [Schedule(sae, rate, n_steps, cooldown=1.0) for sae in saes]
     for sae in saes:
         sae.requires_grad_(True)
     for step in progress(range(n_steps), desc="KL"):
-        rows = windows.shuffled(step * size, size, seed=seed + 2)[:, :-1]
+        rows = windows.shuffled(step * n_rows, n_rows, seed=seed + 2)[:, :-1]
         idx = torch.from_numpy(rows).to(on_device(model))
         with torch.no_grad():
             before = model(idx, n_logits=0)[0].float()
@@ -356,8 +357,7 @@ def fit(model, windows, wanted, origin):
     for variant in wanted:
         if variant.kl_tokens and not os.path.exists(variant.path):
             saes = read_saes(variant.before_finetuning().path, model, origin)
-            finetune(model, saes, windows, variant.kl_tokens, KL_RATE * variant.lr, batch_size,
-                     variant.seed)
+            finetune(model, saes, windows, variant.kl_tokens, KL_RATE * variant.lr, variant.seed)
             write_saes(saes, variant.path, origin)
 
 
