@@ -16,7 +16,8 @@ in the layers before are spliced in, as these are by then (all layers are fitted
 --kl_tokens: afterwards all SAEs are finetuned together to the least KL(dense || spliced), end to
 end (Braun et al., "Identifying Functionally Important Features with End-to-End Sparse Dictionary
 Learning", 2024; Karvonen, "Revisiting End-to-End Sparse Autoencoder Training: A Short Finetune Is
-All You Need", 2025), at a tenth of the learning rate, falling to 0, in steps of 1,024 tokens.
+All You Need", 2025), in steps of about 1,024 tokens, at a tenth of the learning rate, which falls
+to 0.
 
 Losses are in nats a token, over n_windows of the val split; "above dense" is paired by window, with
 its standard error. KL is KL(dense || row). Fits see the train split alone. parameters and FLOPs:

@@ -31,4 +31,4 @@ twin=out/trend/d512_98M/dense/seed0
 python -m tools.splice --dense=$twin --out_dir=out/trend/splice --features=512,2048,8704 \
     --kinds=TopK,Matryoshka --tokens=1e6,4e6,16e6 --lr=1e-3,2e-3,5e-3,1e-2
 python -m tools.splice --dense=$twin --out_dir=out/trend/splice --features=512,2048,8704 \
-    --fitted_to=clean,spliced --tokens=16e6 --lr=2e-3 --kl_tokens=0,2e6 --seeds=3
+    --fitted_to=clean,spliced --tokens=16e6 --lr=2e-3 --kl_tokens=0,2e6,8e6 --seeds=3
