@@ -132,6 +132,7 @@ def test_saes_are_read_as_they_were_written(dense, train, tmp_path):
     (dict(features="8"), "features='8': must be at least 36, with k=36"),
     (dict(tokens="100"), "tokens='100': must be at least 1024"),
     (dict(tokens="2.5e0"), "'2.5e0' is not a number from 0 on"),
+    (dict(kl_tokens="inf"), "'inf' is not a number from 0 on"),
     (dict(lr="0"), "lr='0': must be above 0"),
     (dict(lr="nan"), "'nan' is not a number from 0 on"),
 ])

@@ -262,7 +262,7 @@ def swept(name, kind):
 def whole(word):
     """An int written as 262144, 262_144 or 3e5. Raises ValueError for others."""
     number = float(word)
-    if number != int(number):
+    if not number.is_integer():  # infinity isn't, either
         raise ValueError(word)
     return int(number)
 
