@@ -26,9 +26,11 @@ python -m tools.tax --config=configs/python_1L.py --seeds=3 --out_dir=out/trend/
     --variant "two levels, as the reference scales: cayley_levels=9,8,0;14,16,256" \
     --variant "three levels: cayley_levels=9,8,0;13,16,64;15,12,64"
 
-# SAEs in all layers of the d=512 twin, fitted to as much as it takes
+# SAEs in all layers of the d=512 twin, and finetuned at 5e-4
 twin=out/trend/d512_98M/dense/seed0
 python -m tools.splice --dense=$twin --out_dir=out/trend/splice --features=512,2048,8704 \
     --kinds=TopK,Matryoshka --tokens=1e6,4e6,16e6 --lr=1e-3,2e-3,5e-3,1e-2
 python -m tools.splice --dense=$twin --out_dir=out/trend/splice --features=512,2048,8704 \
-    --fitted_to=clean,spliced --tokens=16e6 --lr=2e-3 --kl_tokens=0,2e6,8e6 --seeds=3
+    --tokens=16e6 --lr=5e-3 --kl_tokens=0,2e6,8e6,32e6 --seeds=3
+python -m tools.splice --dense=$twin --out_dir=out/trend/splice --features=512,2048,8704 \
+    --fitted_to=spliced --tokens=16e6 --lr=5e-3
