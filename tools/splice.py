@@ -190,26 +190,46 @@ def shuffled_inputs(model, windows, at_layers, size, seed, modules=None):
                 yield [inputs[layer][picked].to(on_device(model)) for layer in at_layers]
 
 
+def finetuning_steps(windows, n_tokens):
+    """How many windows a step of a finetuning reads, and how many steps n_tokens make."""
+    n_rows = max(1, SAE_BATCH // windows.block_size)
+    return n_rows, max(1, n_tokens // (n_rows * windows.block_size))
+
+
+def kl_losses(reference, forward, windows, n_tokens, seed):
+    """
+    Yield for every step of a finetuning the mean KL(reference || forward) in nats a token.
+
+    reference: a model; forward: idx (B, T) -> logits (B, T, V); windows: of the train split, of
+    which n_tokens in shuffled order are read.
+    """
+    n_rows, n_steps = finetuning_steps(windows, n_tokens)
+    for step in progress(range(n_steps), desc="KL"):
+        rows = windows.shuffled(step * n_rows, n_rows, seed=seed + 2)[:, :-1]
+        idx = torch.from_numpy(rows).to(on_device(reference))
+        with torch.no_grad():
+            before = reference(idx, n_logits=0)[0].float()
+        yield kl_divergence(before, forward(idx)).mean()
+
+
 def finetune(model, saes, windows, n_tokens, rate, seed):
     """
     Finetune SAEs, one a layer, to the least KL(model || model with all of them spliced in).
 
-    windows: of the train split, of which n_tokens in shuffled order are read.
+    windows, n_tokens and seed: as kl_losses has them.
     """
     modules = dict(enumerate(saes))
-    n_rows = max(1, SAE_BATCH // windows.block_size)
-    n_steps = max(1, n_tokens // (n_rows * windows.block_size))
+
+    def forward(idx):
+        with spliced(model, modules):
+            return model(idx, n_logits=0)[0].float()
+
+    _, n_steps = finetuning_steps(windows, n_tokens)
     schedules = [Schedule(sae, rate, n_steps, cooldown=1.0) for sae in saes]
     for sae in saes:
         sae.requires_grad_(True)
-    for step in progress(range(n_steps), desc="KL"):
-        rows = windows.shuffled(step * n_rows, n_rows, seed=seed + 2)[:, :-1]
-        idx = torch.from_numpy(rows).to(on_device(model))
-        with torch.no_grad():
-            before = model(idx, n_logits=0)[0].float()
-        with spliced(model, modules):
-            after = model(idx, n_logits=0)[0].float()
-        kl_divergence(before, after).mean().backward()
+    for step, loss in enumerate(kl_losses(model, forward, windows, n_tokens, seed)):
+        loss.backward()
         for schedule in schedules:
             schedule.step(step)
     for sae in saes:

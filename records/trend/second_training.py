@@ -9,10 +9,9 @@ import sys
 import torch
 
 from checkpoint import load_model
-from data import progress
 from tools.evals import mean_and_error
 from tools.runs import run_windows
-from tools.splice import kl_divergence, losses
+from tools.splice import finetuning_steps, kl_losses, losses
 
 dense_path, code_path, data_dir, n_tokens, rate = sys.argv[1:]
 dense, config = load_model(dense_path)
@@ -20,12 +19,11 @@ code, _ = load_model(code_path)  # both in eval: the code's statistics stay
 dense.requires_grad_(False)
 train = run_windows(config, "train", data_dir)
 val = run_windows(config, "val", data_dir).shuffled(0, 192, seed=0)
-n_rows = 1024 // train.block_size
-n_steps = int(n_tokens) // 1024
-optimizer = torch.optim.Adam(code.parameters(), lr=float(rate))
-decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, n_steps)
-
 base = losses(dense, val, {}, dense, 16)
+
+
+def forward(idx):
+    return code(idx, n_logits=0)[0].float()
 
 
 def report(when):
@@ -35,13 +33,12 @@ def report(when):
 
 
 report("before")
-for step in progress(range(n_steps), desc="KL"):
-    rows = train.shuffled(step * n_rows, n_rows, seed=2)[:, :-1]
-    idx = torch.from_numpy(rows)
-    with torch.no_grad():
-        before = dense(idx, n_logits=0)[0].float()
+_, n_steps = finetuning_steps(train, int(n_tokens))
+optimizer = torch.optim.Adam(code.parameters(), lr=float(rate))
+decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, n_steps)
+for loss in kl_losses(dense, forward, train, int(n_tokens), seed=0):
     optimizer.zero_grad()
-    kl_divergence(before, code(idx, n_logits=0)[0].float()).mean().backward()
+    loss.backward()
     optimizer.step()
     decay.step()
 report(f"after {n_tokens} tokens at {rate}")
